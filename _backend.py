@@ -1,0 +1,53 @@
+"""PEP 517 backend: setuptools' own, but it builds against the torch that is already installed.
+
+Build isolation hides the target environment from `sys.path`, not from disk, and any torch >= 2.11
+gives the same extension (stable ABI). So torch is a build requirement only where none is found:
+`pip install .` then downloads a megabyte and not another copy of torch with its CUDA libraries.
+"""
+
+from __future__ import annotations
+
+import re
+import site
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403
+
+MINIMUM_TORCH = (2, 11)  # = TORCH_TARGET_VERSION in setup.py and `dependencies` in pyproject.toml
+
+
+class Torch(NamedTuple):
+    path: Path
+    version: str
+
+
+def find_torch() -> Torch | None:
+    """The first new enough torch that this interpreter's environment has, without importing it."""
+    base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+    folders = [*sys.path, sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
+    folders += [*site.getsitepackages(), site.getusersitepackages()]
+    folders += [sysconfig.get_path("platlib", vars=base)]  # venv --system-site-packages
+    for folder in folders:
+        version_file = Path(folder, "torch", "version.py")
+        if not version_file.is_file():
+            continue
+        match = re.search(r"^__version__ = '((\d+)\.(\d+)[^']*)'", version_file.read_text(), re.M)
+        if match and (int(match[2]), int(match[3])) >= MINIMUM_TORCH:
+            return Torch(version_file.parent, match[1])
+    return None
+
+
+def _torch_requirement() -> list[str]:
+    return [] if find_torch() else [f"torch>={MINIMUM_TORCH[0]}.{MINIMUM_TORCH[1]}"]
+
+
+def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
+    return build_meta.get_requires_for_build_wheel(config_settings) + _torch_requirement()
+
+
+def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
+    return build_meta.get_requires_for_build_editable(config_settings) + _torch_requirement()

@@ -1,0 +1,249 @@
+"""Builds the extension bnext._C: writes a build.ninja and runs ninja.
+
+torch.utils.cpp_extension cannot build CUDA code beside a CPU-only torch, and this extension uses
+nothing of torch but the stable C ABI, so the few flags that it needs are written out here.
+
+Environment
+    CXX, CFLAGS, CXXFLAGS, LDFLAGS  the compiler and flags appended to its command lines
+    MAX_JOBS                        parallel compiler processes (default: the number of CPUs)
+    BNEXT_CUDA                      auto (default: if a working nvcc is found) | 0 | 1
+    CUDA_HOME                       the CUDA toolkit (default: the one of the nvcc on PATH)
+    TORCH_CUDA_ARCH_LIST            e.g. "8.0;9.0+PTX" (default: this machine's GPUs, else
+                                    DEFAULT_CUDA_ARCHS)
+    BNEXT_SANITIZE                  sanitizers to build with, e.g. address,undefined
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+import ninja
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+from _backend import MINIMUM_TORCH, Torch, find_torch
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+SANITIZE = [f"-fsanitize={s}" for s in [os.environ.get("BNEXT_SANITIZE")] if s]
+
+# csrc/cpu/kernels.cpp is compiled once for each of these. The order matters at link time: of an
+# inline function that several objects define, the linker keeps the first one's code, which must
+# run on every machine.
+CPU_ISAS = {"default": ""}
+if platform.machine() in ("x86_64", "AMD64"):
+    CPU_ISAS["avx2"] = "-mavx2 -mfma -mf16c"
+    CPU_ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
+    CPU_ISAS["avx512"] += " -mprefer-vector-width=512"
+DEFAULT_CUDA_ARCHS = ("8.0", "9.0", "10.0", "12.0")
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """The CUDA toolkit of an nvcc; without `nvcc`, `missing` says why there is none."""
+
+    missing: str = ""
+    nvcc: str = ""
+    version: str = ""
+    archs: tuple[str, ...] = ()
+    include_flags: tuple[str, ...] = ()
+    library_flags: tuple[str, ...] = ()
+
+    def arch_flags(self) -> list[str]:
+        flags = []
+        for arch in self.archs:
+            number = arch.removesuffix("+PTX").replace(".", "")
+            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+            if arch.endswith("+PTX"):
+                flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        return flags
+
+
+def find_cuda() -> Cuda:
+    choice = os.environ.get("BNEXT_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"bnext: BNEXT_CUDA must be auto, 0 or 1, not {choice!r}")
+    cuda = Cuda("BNEXT_CUDA=0") if choice == "0" else probe_cuda()
+    if choice == "1" and cuda.missing:
+        raise SystemExit(f"bnext: BNEXT_CUDA=1, but {cuda.missing}")
+    return cuda
+
+
+def probe_cuda() -> Cuda:
+    if not list(CSRC.glob("cuda/*.cu")):
+        return Cuda("this version of bnext has no CUDA kernels")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if not nvcc:
+        return Cuda(f"no nvcc in {home}/bin" if home else "no nvcc on PATH, no CUDA_HOME set")
+    # nvcc may be a wrapper script or a link: it knows best where its toolkit is. Preprocessing an
+    # empty file also shows whether it accepts the host compiler.
+    probe = run(nvcc, *host_compiler(), "-std=c++20", "-v", "-E", "-x", "cu", os.devnull)
+    if probe.returncode:
+        return Cuda(f"{nvcc} does not work: {(probe.stderr.strip().splitlines() or ['?'])[-1]}")
+    settings = dict(re.findall(r"^#\$ (\w+)=(.*)$", probe.stderr, re.M))
+    version = re.search(r"\bV([\d.]+)", run(nvcc, "--version").stdout)
+    known = set(re.findall(r"compute_(\d+)", run(nvcc, "--list-gpu-arch").stdout))
+    return Cuda(
+        nvcc=nvcc,
+        version=version[1] if version else "unknown",
+        archs=cuda_archs(known),
+        include_flags=tuple(
+            flag.replace("-I", "-isystem", 1) for flag in shlex.split(settings.get("INCLUDES", ""))
+        ),
+        library_flags=tuple(shlex.split(settings.get("LIBRARIES", ""))),
+    )
+
+
+def cuda_archs(known: set[str]) -> tuple[str, ...]:
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    if wrong := [arch for arch in listed if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch)]:
+        raise SystemExit(f"bnext: TORCH_CUDA_ARCH_LIST takes numbers like 9.0 or 9.0+PTX: {wrong}")
+    if not listed and shutil.which("nvidia-smi"):
+        gpus = run("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
+        listed = sorted(set(gpus.stdout.split())) if gpus.returncode == 0 else []
+        listed = listed if all(arch.replace(".", "") in known for arch in listed) else []
+    if not listed:
+        listed = [arch for arch in DEFAULT_CUDA_ARCHS if arch.replace(".", "") in known]
+        listed[-1] += "+PTX"  # later GPUs compile that at first use
+    return tuple(listed)
+
+
+def host_compiler() -> list[str]:
+    """The option that makes nvcc use the user's compiler (it takes a program without options)."""
+    return ["-ccbin", words("CXX")[-1]] if words("CXX") else []
+
+
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def words(variable: str) -> list[str]:
+    return shlex.split(os.environ.get(variable, ""))
+
+
+def build_facts(version: str, torch: Torch, cuda: Cuda) -> list[str]:
+    """The macros from which bindings.cpp makes bnext.build_info()."""
+    facts = {
+        "VERSION": version,
+        "TORCH_BUILD": torch.version,
+        "CPU_ISAS": ",".join(CPU_ISAS),
+        "NVCC": cuda.version,
+        "CUDA_ARCHS": ";".join(cuda.archs),
+        "CUDA_MISSING": cuda.missing,
+    }
+    return [f"-DBNEXT_{name}={json.dumps(value)}" for name, value in facts.items()]
+
+
+def compile_flags(torch: Torch, cuda: Cuda) -> list[str]:
+    flags = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+    flags += ["-Werror=return-type", f"-I{CSRC}"]
+    # pybind11 stands before torch, which brings an older copy of it along.
+    for folder in (pybind11.get_include(), torch.path / "include", sysconfig.get_path("include")):
+        flags += ["-isystem", str(folder)]
+    major, minor = MINIMUM_TORCH
+    flags += [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"]
+    if cuda.nvcc:
+        flags += ["-DBNEXT_WITH_CUDA", "-DUSE_CUDA", *cuda.include_flags]
+    if SANITIZE:
+        flags += [*SANITIZE, "-O1", "-g", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
+    else:
+        flags += ["-O3"]
+    return [*flags, *words("CFLAGS"), *words("CXXFLAGS")]
+
+
+def link_flags(torch: Torch, cuda: Cuda) -> list[str]:
+    # libtorch.so is an empty library that only leads to the others: the linker would drop it, and
+    # the weak symbols that live in libtorch_cuda would stay null under a CUDA torch.
+    flags = [f"-L{torch.path / 'lib'}", "-Wl,--push-state,--no-as-needed,-ltorch,--pop-state"]
+    flags += ["-ltorch_cpu", *SANITIZE]
+    if cuda.nvcc:  # the static runtime: importing needs neither a driver nor one libcudart version
+        flags += [*cuda.library_flags, "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
+        flags += ["-Wl,--exclude-libs,ALL"]
+    return [*flags, *words("LDFLAGS")]
+
+
+def nvcc_flags(cuda: Cuda) -> list[str]:
+    flags = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", f"-I{CSRC}"]
+    return [*flags, *host_compiler(), *cuda.arch_flags()]
+
+
+def ninja_manifest(version: str, torch: Torch, cuda: Cuda) -> str:
+    """The text of build.ninja: every object, then _C.so from them."""
+    # -MD and not -MMD: another torch in the same place must rebuild too.
+    compiler = shell(words("CXX") or ["g++"])
+    cxx = f"{compiler} -MD -MF $out.d {shell(compile_flags(torch, cuda))} $flags"
+    nvcc = f"{shell([cuda.nvcc])} -MD -MF $out.d {shell(nvcc_flags(cuda))}"
+    link = f"{compiler} -shared -o $out $in {shell(link_flags(torch, cuda))}"
+    lines = ["ninja_required_version = 1.5"]
+    for name, command in {"cxx": cxx, **({"nvcc": nvcc} if cuda.nvcc else {})}.items():
+        lines += [f"rule {name}", f"  command = {command} -c $in -o $out"]
+        lines += ["  depfile = $out.d", "  deps = gcc", "  description = $out"]
+    lines += ["rule link", f"  command = {link}", "  description = $out"]
+
+    objects = []
+
+    def compile_file(tool: str, source: Path, variant: str = "", flags: str = "") -> None:
+        objects.append(f"{source.relative_to(CSRC)}{variant}.o")
+        lines.append(f"build {objects[-1]}: {tool} {escape(source)}")
+        lines.append(f"  flags = {flags}")
+
+    kernels = CSRC / "cpu" / "kernels.cpp"
+    facts = shell(build_facts(version, torch, cuda))
+    for folder in ("", "cpu", "cuda") if cuda.nvcc else ("", "cpu"):
+        for source in sorted({*CSRC.joinpath(folder).glob("*.cpp")} - {kernels}):
+            compile_file("cxx", source, flags=facts if source.name == "bindings.cpp" else "")
+        for source in sorted(CSRC.joinpath(folder).glob("*.cu")):
+            compile_file("nvcc", source)
+    for isa, flags in CPU_ISAS.items():
+        compile_file("cxx", kernels, f".{isa}", f"-DBNEXT_ISA={isa} {flags}")
+    return "\n".join([*lines, f"build _C.so: link {' '.join(objects)}", ""])
+
+
+def shell(words: list[str]) -> str:
+    return shlex.join(words).replace("$", "$$")
+
+
+def escape(path: Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+class NinjaBuild(build_ext):
+    """Compiles in one folder per Python, whatever the kind of install: so each is incremental."""
+
+    def build_extension(self, ext: Extension) -> None:
+        torch = find_torch()
+        if torch is None:
+            raise SystemExit("bnext: no torch >= 2.11 to build against. Install torch first.")
+        cuda = find_cuda()
+        has_cuda = f"CUDA {cuda.version} for {';'.join(cuda.archs)}"
+        print(f"bnext: torch {torch.version}, {cuda.missing or has_cuda}", flush=True)
+
+        folder = ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest = ninja_manifest(self.distribution.get_version(), torch, cuda)
+        (folder / "build.ninja").write_text(manifest)
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
+        if subprocess.call([os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-j", jobs]):
+            raise SystemExit("bnext: the C++ build failed; the compiler's message is above.")
+
+        library = folder / "_C.so"
+        if b"\0libtorch.so\0" not in library.read_bytes():
+            raise SystemExit("bnext: the linker dropped libtorch.so from the needed libraries.")
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(library), str(target))
+
+
+setup(ext_modules=[Extension("bnext._C", [])], cmdclass={"build_ext": NinjaBuild})
