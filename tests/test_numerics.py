@@ -1,0 +1,260 @@
+"""The ladder: inputs on which sums of squares, float32 accumulators or shared state go wrong."""
+
+import math
+
+import pytest
+import reference
+import torch
+from cases import DTYPES, dtype_id, make
+from torch import Tensor
+from torch.nn import functional as F
+
+from bnext.functional import batch_norm, batch_norm_act
+
+FORMATS = [torch.contiguous_format, torch.channels_last]
+FORMAT_IDS = ["nchw", "nhwc"]
+
+
+def train(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    return batch_norm(x, None, None, weight, bias, True)
+
+
+def check_train(x: Tensor, what: str, torch_allowance: float = 2**-5) -> Tensor:
+    """Forward and the gradient of x for a random grad_out, against the reference."""
+    grad_out = torch.randn(x.shape, dtype=torch.float64).to(x)
+    outputs = []
+    for function in (batch_norm, F.batch_norm):
+        leaf = x.detach().requires_grad_()
+        y = function(leaf, None, None, training=True)
+        outputs.append((y.detach(), *torch.autograd.grad(y, leaf, grad_out)))
+    (y, dx), (torch_y, torch_dx) = outputs
+    forward = reference.forward(x)
+    reference.assert_as_good_as_torch(
+        y, torch_y, forward.output, forward.magnitude, f"{what}: output", torch_allowance
+    )
+    backward = reference.backward(grad_out, x)
+    reference.assert_as_good_as_torch(
+        dx, torch_dx, backward.input, backward.input_magnitude, f"{what}: grad", torch_allowance
+    )
+    return y
+
+
+@pytest.mark.parametrize("dtype", [d[0] for d in DTYPES[:3]] + [torch.float16], ids=dtype_id)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize("shape", [(2, 3, 1, 1), (3, 3, 7, 7), (5, 17, 3, 11), (2, 1, 101, 107)])
+def test_constant_input_gives_exactly_bias(shape, memory_format, dtype, device) -> None:
+    bias = torch.randn(shape[1], device=device).to(dtype)
+    weight = torch.randn(shape[1], device=device).to(dtype) * 3
+    expected = bias.view(1, -1, 1, 1).expand(shape)
+    for constant in (0.0, 1.0, -0.1, 100.0, 1 / 3, 1e4, 12345.678, -6e4, 1e-3, 1e-7):
+        x = torch.full(shape, constant, dtype=dtype, device=device)
+        y = train(x.contiguous(memory_format=memory_format), weight, bias)
+        assert torch.equal(y, expected), f"constant {constant}"
+
+
+@pytest.mark.parametrize("constant", [1e19, -1e30, 3e38, 1e-38, 1e-44])
+def test_extreme_constants_give_exactly_bias_in_float32(constant, device) -> None:
+    bias = torch.randn(3, device=device)
+    for shape in ((3, 3, 7, 7), (1, 3, 100, 100)):
+        x = torch.full(shape, constant, device=device)
+        assert torch.equal(train(x, None, bias), bias.view(1, -1, 1, 1).expand(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=dtype_id)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize("shape", [(4, 3, 9, 9), (2, 2, 70, 70)])
+def test_mean_over_std_up_to_1e7(shape, memory_format, dtype, device) -> None:
+    for exponent in range(2, 8):
+        x = torch.randn(shape, dtype=torch.float64) + 10.0**exponent
+        x = x.to(device, dtype).contiguous(memory_format=memory_format)
+        check_train(x, f"mean/std 1e{exponent}", torch_allowance=1.0)
+
+
+@pytest.mark.parametrize("ratio", [1e2, 1e3, 1e4, 1e5, 1e6, 1e7])
+def test_variance_of_a_far_mean_is_exact_to_rounding(ratio, device) -> None:
+    """E[x^2] - E[x]^2 in float32 loses everything from a ratio of 1e4 on."""
+    for shape in ((4, 3, 9, 9), (2, 2, 90, 90), (50, 3)):
+        x = (torch.randn(shape, dtype=torch.float64) + ratio).to(device, torch.float32)
+        for memory_format in FORMATS if len(shape) == 4 else FORMATS[:1]:
+            mean = torch.zeros(shape[1], device=device)
+            var = torch.zeros(shape[1], device=device)
+            batch_norm(x.contiguous(memory_format=memory_format), mean, var, None, None, True, 1.0)
+            expected_mean, expected_var = reference.updated_running_stats(x, mean, var, 1.0)
+            torch.testing.assert_close(mean.double(), expected_mean, rtol=2e-7, atol=0)
+            torch.testing.assert_close(var.double(), expected_var, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("scale", [1e19, 1e30])
+@pytest.mark.parametrize("memory_format", FORMATS, ids=FORMAT_IDS)
+def test_squares_beyond_float32_do_not_overflow(memory_format, scale, device) -> None:
+    x = (torch.randn(4, 3, 9, 9) * scale).to(device).contiguous(memory_format=memory_format)
+    x.requires_grad_()
+    y = train(x)
+    grad_out = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, grad_out)
+    x = x.detach()
+    forward = reference.forward(x)
+    reference.assert_as_good_as_torch(y.detach(), None, forward.output, forward.magnitude, "output")
+    backward = reference.backward(grad_out, x)
+    reference.assert_as_good_as_torch(dx, None, backward.input, backward.input_magnitude, "grad")
+
+
+def test_running_variance_beyond_float32_is_infinite_and_the_mean_right(device) -> None:
+    x = (torch.randn(4, 3, 9, 9) * 1e25).to(device)
+    mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+    y = batch_norm(x, mean, var, training=True, momentum=1.0)
+    assert y.isfinite().all() and (var == math.inf).all()
+    expected = reference.batch_stats(x)[0]
+    torch.testing.assert_close(mean.double(), expected, rtol=1e-5, atol=1e18)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=FORMAT_IDS)
+def test_float16_near_its_largest_number(memory_format, device) -> None:
+    x = torch.randn(4, 3, 9, 9) * 8000 + torch.tensor([0.0, 3e4, -3e4]).view(1, 3, 1, 1)
+    x = x.clamp(-65504, 65504).to(device, torch.float16).contiguous(memory_format=memory_format)
+    check_train(x, "float16")
+    both_ends = torch.tensor([65504.0, -65504.0] * 8, device=device).half().view(4, 1, 2, 2)
+    y = train(both_ends.expand(4, 3, 2, 2).contiguous(memory_format=memory_format))
+    assert torch.equal(y.abs(), torch.ones_like(y))
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=dtype_id)
+def test_subnormal_inputs(dtype, memory_format, device) -> None:
+    """Kept, not flushed: with a tiny eps they decide the output."""
+    tiny = torch.finfo(dtype).smallest_normal
+    x = (torch.randint(-8, 9, (4, 3, 5, 5)).double() * tiny / 16).to(device, dtype)
+    x = x.contiguous(memory_format=memory_format)
+    assert (x != 0).any() and (x.abs() < tiny).all()
+    eps = {torch.float64: 1e-300, torch.float32: 1e-40, torch.float16: 1e-12}[dtype]
+    forward = reference.forward(x, eps=eps)
+    y = batch_norm(x, None, None, training=True, eps=eps)
+    reference.assert_as_good_as_torch(y, None, forward.output, forward.magnitude, "output")
+
+
+def test_subnormal_mean_is_kept(device) -> None:
+    x = torch.full((4, 3, 5), 2e-40, device=device)
+    mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
+    batch_norm(x, mean, var, training=True, momentum=1.0)
+    torch.testing.assert_close(mean, x[0, :, 0], rtol=0, atol=1.5e-45)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("memory_format", FORMATS, ids=FORMAT_IDS)
+@pytest.mark.parametrize("shape", [(4, 5, 3, 3), (2, 19, 17, 9), (9, 40, 1, 1)])
+def test_inf_and_nan_stay_inside_their_channel(shape, memory_format, bad, device) -> None:
+    case = make(shape, memory_format, device=device)
+    clean = case.x.clone()
+    case.x[1, 2, 0, 0] = bad
+    others = [c for c in range(shape[1]) if c != 2]
+    results = []
+    for x in (clean, case.x):
+        leaf = x.detach().requires_grad_()
+        weight = case.weight.detach().requires_grad_()
+        mean, var = case.running_mean.clone(), case.running_var.clone()
+        y = batch_norm(leaf, mean, var, weight, case.bias, True)
+        dx, dweight = torch.autograd.grad(y, (leaf, weight), case.grad_out)
+        results.append([y.detach(), dx, dweight[None], mean[None], var[None]])
+    for expected, actual in zip(*results, strict=True):
+        assert torch.equal(actual[:, others], expected[:, others])
+        assert not actual[:, 2].isfinite().all()
+    assert results[1][0][:, 2].isnan().all(), "the channel's output is NaN, as PyTorch's"
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_nan_passes_the_relu(training, device) -> None:
+    case = make((4, 3, 5), device=device, residual=True)
+    case.x[0, 1, 0] = math.nan
+    for residual in (None, case.residual):
+        leaf = case.x.detach().requires_grad_()
+        y = batch_norm_act(leaf, *case.stats, case.weight, case.bias, residual, training)
+        (dx,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+        assert y[0, 1, 0].isnan() and not y[:, [0, 2]].isnan().any()
+        if not training:
+            # threshold_backward lets the gradient of a NaN pass.
+            assert dx[0, 1, 0] != 0 and dx.isfinite().all()
+            assert int(y.isnan().sum()) == 1
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_eval_keeps_inf_and_nan_to_their_element(bad, device) -> None:
+    case = make((4, 3, 5, 5), device=device)
+    clean = batch_norm(case.x, *case.stats, case.weight, case.bias)
+    case.x[1, 2, 3, 4] = bad
+    y = batch_norm(case.x, *case.stats, case.weight, case.bias)
+    expected = reference.forward(case.x, case.weight, case.bias, stats=case.stats).output
+    changed = torch.zeros_like(y, dtype=torch.bool)
+    changed[1, 2, 3, 4] = True
+    assert torch.equal(y[~changed], clean[~changed])
+    torch.testing.assert_close(y[changed].double(), expected[changed], equal_nan=True)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=FORMAT_IDS)
+def test_one_huge_channel_leaves_the_others_alone(memory_format, device) -> None:
+    x = torch.randn(4, 6, 9, 9, device=device).contiguous(memory_format=memory_format)
+    alone = train(x)
+    others = [0, 1, 2, 4, 5]
+    x[:, 3] *= 1e30
+    y = check_train(x, "huge channel")
+    assert torch.equal(y[:, others], alone[:, others])
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=FORMAT_IDS)
+def test_one_outlier_in_a_far_channel(memory_format, device) -> None:
+    """A single far value first: a shift taken from it would be useless for the rest."""
+    x = torch.randn(4, 3, 30, 30, device=device) + 5
+    for position in ((0, 0, 0), (3, 29, 29), (1, 7, 3)):
+        y = x.clone()
+        y[position[0], :, position[1], position[2]] = -1e6
+        check_train(y.contiguous(memory_format=memory_format), f"outlier at {position}")
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 17, 49, 1023])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
+def test_odd_sizes_and_misaligned_storage(size, dtypes, device) -> None:
+    """Every place of a vector's tail, from every offset inside a cache line."""
+    for c, offset in ((1, 0), (2, 1), (3, 3), (17, 5)):
+        numel = 2 * c * size
+        x = torch.randn(numel + offset).to(device, dtypes[0])[offset:].view(2, c, size)
+        for channels_last in (False, True):
+            if channels_last:
+                x = x.as_strided((2, c, size, 1), (c * size, 1, c, c), offset)
+            check_train(x, f"[2, {c}, {size}] at offset {offset}, channels_last {channels_last}")
+
+
+def test_output_covers_every_element(device) -> None:
+    """Fresh memory is full of an earlier tensor's NaNs: an element not written shows."""
+    for shape in ((3, 5, 7, 9), (2, 17, 1, 33), (40, 19, 1, 1), (1, 1, 257, 3)):
+        for memory_format in FORMATS:
+            case = make(shape, memory_format, device=device, residual=True)
+            leaf, residual = case.x.requires_grad_(), case.residual.requires_grad_()
+            for _ in range(4):
+                poison = [torch.full(shape, math.nan, device=device) for _ in range(4)]
+                del poison
+                y = batch_norm_act(leaf, None, None, case.weight, case.bias, residual, True)
+                grads = torch.autograd.grad(y, (leaf, residual), case.grad_out)
+                assert all(t.isfinite().all() for t in (y, *grads))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=dtype_id)
+def test_half_precision_conversion_rounds_to_nearest_even(dtype, device) -> None:
+    """With frozen unit statistics the op is the identity: every finite number must come back."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = bits[bits.isfinite()].reshape(-1, 1).to(device)
+    mean, var = torch.zeros(1, device=device), torch.ones(1, device=device)
+    y = batch_norm(x, mean, var, eps=0.0)
+    assert torch.equal(y, x)
+    half = batch_norm(x, mean, var * 4, eps=0.0)
+    assert torch.equal(half, (x.float() / 2).to(dtype))
+    third = batch_norm(x, mean, var, torch.full((1,), 1 / 3, device=device), None, eps=0.0)
+    assert torch.equal(third, (x.float() * (1 / 3)).to(dtype))
+
+
+def test_more_rows_than_one_float32_counter_holds(device) -> None:
+    """2^24 + 4 values per channel: a float32 count or a running sum of ones would stall."""
+    x = torch.ones(2**24 + 4, 1, device=device)
+    x[::2] = 3
+    mean, var = torch.zeros(1, device=device), torch.zeros(1, device=device)
+    batch_norm(x, mean, var, training=True, momentum=1.0)
+    assert float(mean) == 2.0
+    assert float(var) == pytest.approx(1.0, rel=1e-6)
