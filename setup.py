@@ -207,7 +207,7 @@ def ninja_manifest(version: str, torch: Torch, cuda: Cuda) -> str:
         for source in sorted(CSRC.joinpath(folder).glob("*.cu")):
             compile_file("nvcc", source)
     for isa, flags in CPU_ISAS.items():
-        compile_file("cxx", kernels, f".{isa}", f"-DBNEXT_ISA={isa} {flags}")
+        compile_file("cxx", kernels, f".{isa}", f"-DBNEXT_ISA_NAMESPACE=isa_{isa} {flags}")
     return "\n".join([*lines, f"build _C.so: link {' '.join(objects)}", ""])
 
 

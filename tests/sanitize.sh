@@ -23,4 +23,5 @@ library() { "${CXX:-g++}" -print-file-name="$1"; }
 export LD_PRELOAD="$(library libasan.so) $(library libubsan.so) $(library libstdc++.so.6)"
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:${ASAN_OPTIONS-}
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1:${UBSAN_OPTIONS-}
-exec "$python" -m pytest -p no:cacheprovider "$@"
+# Not --capture=fd: it would swallow the report of the sanitizer that ends the process.
+exec "$python" -m pytest --capture=sys "$@"
