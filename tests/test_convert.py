@@ -1,0 +1,165 @@
+"""convert and revert: the class changes, everything else stays the same object."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import bnext
+
+
+class Custom(nn.BatchNorm2d):
+    pass
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.bn = nn.BatchNorm2d(4)
+        self.tower = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, affine=False), nn.ReLU())
+        self.norm1d = nn.BatchNorm1d(4, momentum=None)
+        self.norm3d = nn.BatchNorm3d(4)
+        self.lazy = nn.LazyBatchNorm2d()
+        self.group = nn.GroupNorm(2, 4)
+        self.custom = Custom(4)
+        self.sync = nn.SyncBatchNorm(4)
+        self.shared = self.bn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm1d(self.tower(self.bn(self.conv(x))).mean((2, 3)))
+
+
+KINDS = {
+    "bn": "BatchNorm2d", "tower.1": "BatchNorm2d", "norm1d": "BatchNorm1d",
+    "norm3d": "BatchNorm3d", "lazy": "LazyBatchNorm2d",
+}  # fmt: skip
+
+
+def identities(model: nn.Module) -> dict[str, int]:
+    named = [*model.named_modules(), *model.named_parameters(), *model.named_buffers()]
+    return {name: id(value) for name, value in named}
+
+
+def test_exactly_torchs_classes_are_swapped_in_place_and_back() -> None:
+    model = Net()
+    before = identities(model)
+    assert bnext.convert(model) is model
+    for name, kind in KINDS.items():
+        assert type(model.get_submodule(name)) is getattr(bnext, kind), name
+    for name in ("group", "custom", "sync", "conv"):
+        assert not type(model.get_submodule(name)).__module__.startswith("bnext"), name
+    assert identities(model) == before
+    assert bnext.revert(model) is model
+    for name, kind in KINDS.items():
+        assert type(model.get_submodule(name)) is getattr(nn, kind), name
+    assert identities(model) == before
+
+
+def test_converting_twice_changes_nothing_more() -> None:
+    model = bnext.convert(Net())
+    types = {name: type(m) for name, m in model.named_modules()}
+    bnext.convert(model)
+    assert {name: type(m) for name, m in model.named_modules()} == types
+
+
+@pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"])
+def test_a_bare_batch_norm_is_converted_itself(name) -> None:
+    bn = getattr(nn, name)(3)
+    assert bnext.convert(bn) is bn and type(bn) is getattr(bnext, name)
+
+
+def test_settings_state_and_frozen_parameters_stay() -> None:
+    model = nn.Sequential(
+        nn.BatchNorm2d(4, eps=1e-2, momentum=None),
+        nn.BatchNorm2d(4, dtype=torch.float64).eval(),
+        nn.BatchNorm2d(4, affine=False, track_running_stats=False),
+    )
+    model[0].weight.requires_grad_(False)
+    model[0](torch.randn(2, 4, 3, 3))
+    twin = copy.deepcopy(model)
+    bnext.convert(model)
+    assert repr(model) == repr(twin)
+    assert [m.training for m in model] == [True, False, True]
+    assert not model[0].weight.requires_grad and model[0].bias.requires_grad
+    for (name, a), (_, b) in zip(model.state_dict().items(), twin.state_dict().items(), strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b), name
+
+
+def test_hooks_and_the_optimizer_go_on_working() -> None:
+    model = Net()
+    calls = []
+    model.bn.register_forward_hook(lambda *_: calls.append("hook"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    bnext.convert(model)
+    weight = model.bn.weight.detach().clone()
+    model(torch.randn(4, 3, 6, 6)).square().sum().backward()
+    optimizer.step()
+    assert calls == ["hook"]
+    assert not torch.equal(model.bn.weight, weight)
+
+
+def test_converted_network_trains_like_the_original() -> None:
+    original = Net()
+    model = bnext.convert(copy.deepcopy(original))
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (original, model)]
+    target = torch.randn(4, 4)
+    for _ in range(5):
+        x = torch.randn(4, 3, 6, 6)
+        losses = []
+        for m, optimizer in zip((original, model), optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = (m(x) - target).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss)
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+    x = torch.randn(4, 3, 6, 6)
+    torch.testing.assert_close(original.eval()(x), model.eval()(x), rtol=1e-3, atol=1e-4)
+
+
+def test_lazy_module_converted_before_its_first_input() -> None:
+    lazy = bnext.convert(nn.LazyBatchNorm2d())
+    lazy(torch.randn(2, 7, 3, 3))
+    assert type(lazy) is bnext.BatchNorm2d and lazy.num_features == 7
+
+
+def test_act_modules_and_our_subclasses_are_not_reverted() -> None:
+    class Mine(bnext.BatchNorm2d):
+        pass
+
+    model = nn.Sequential(bnext.BatchNormAct2d(3), Mine(3), bnext.BatchNorm2d(3))
+    bnext.revert(model)
+    assert [type(m) for m in model] == [bnext.BatchNormAct2d, Mine, nn.BatchNorm2d]
+
+
+def test_report_names_what_was_left_alone_and_why() -> None:
+    model = Net()
+    report = bnext.conversion_report(model)
+    assert set(report.convertible) == set(KINDS)
+    assert report.bnext == ()
+    assert set(report.left_alone) == {"group", "custom", "sync"}
+    report = bnext.conversion_report(bnext.convert(model))
+    assert report.convertible == () and set(report.bnext) == set(KINDS)
+    for name, why in report.left_alone.items():
+        assert name in str(report) and why in str(report)
+
+
+def test_parametrised_module_is_left_alone_and_reported() -> None:
+    bn = nn.BatchNorm2d(3)
+    nn.utils.parametrize.register_parametrization(bn, "weight", nn.Identity())
+    model = nn.Sequential(bn)
+    kind = type(bn)
+    bnext.convert(model)
+    assert type(bn) is kind
+    assert "0" in bnext.conversion_report(model).left_alone
+
+
+def test_a_model_pickled_after_conversion_loads_converted(tmp_path) -> None:
+    model = bnext.convert(nn.Sequential(nn.BatchNorm2d(3)))
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert type(loaded[0]) is bnext.BatchNorm2d
+    torch.save(bnext.revert(model), tmp_path / "model.pt")
+    assert b"bnext" not in (tmp_path / "model.pt").read_bytes()

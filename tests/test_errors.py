@@ -1,0 +1,216 @@
+"""Every refusal: torch.nn's type, a message that names what is wrong, and nothing written before."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import bnext
+from bnext.functional import batch_norm, batch_norm_act
+
+f32, f64, bf16, f16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
+
+def arguments(**changed: object) -> dict[str, object]:
+    return {
+        "input": torch.randn(4, 3, 5), "running_mean": torch.zeros(3), "running_var": torch.ones(3),
+        "weight": torch.ones(3), "bias": torch.zeros(3), "training": True, **changed,
+    }  # fmt: skip
+
+
+# name -> (changed arguments, words of the message)
+CASES: dict[str, tuple[dict[str, object], list[str]]] = {
+    "one value per channel": ({"input": torch.randn(1, 3)}, ["1 value per channel", "(1, 3)"]),
+    "one value per channel, 4-D": ({"input": torch.randn(1, 3, 1, 1)}, ["1 value per channel"]),
+    "weight too long": ({"weight": torch.ones(4)}, ["weight", "3", "4"]),
+    "weight too short": ({"weight": torch.ones(2)}, ["weight", "3", "2"]),
+    "bias too long": ({"bias": torch.ones(4)}, ["bias", "3", "4"]),
+    "running_mean too long": ({"running_mean": torch.zeros(4)}, ["running_mean", "3", "4"]),
+    "running_var too short": ({"running_var": torch.ones(2)}, ["running_var", "3", "2"]),
+    "weight dtype": ({"weight": torch.ones(3, dtype=f64), "bias": None}, ["weight"]),
+    "bfloat16 weight of a float32 input": (
+        {"weight": torch.ones(3, dtype=bf16), "bias": torch.ones(3, dtype=bf16)}, ["weight"],
+    ),
+    "statistics' dtype": ({"running_mean": torch.zeros(3, dtype=f64),
+                           "running_var": torch.ones(3, dtype=f64)}, ["running_mean"]),
+    "integer input": ({"input": torch.ones(4, 3, 5, dtype=torch.int64)}, ["input"]),
+    "complex input": ({"input": torch.ones(4, 3, 5, dtype=torch.complex64)}, ["input"]),
+    "missing running_mean in eval": ({"running_mean": None, "training": False}, ["running_mean"]),
+    "missing running_var in eval": ({"running_var": None, "training": False}, ["running_var"]),
+    "no statistics in eval": (
+        {"running_mean": None, "running_var": None, "training": False}, ["running_mean"],
+    ),
+    "0-D input": ({"input": torch.randn(())}, []),
+    "1-D input": ({"input": torch.randn(3)}, []),
+}  # fmt: skip
+
+
+def outcome(function: Callable[..., Tensor], kwargs: dict[str, object]) -> BaseException | None:
+    try:
+        function(**kwargs)
+    except Exception as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["", "requires_grad"])
+@pytest.mark.parametrize("name", CASES)
+def test_functional_error_has_torchs_type_and_our_words(name, requires_grad) -> None:
+    changed, words = CASES[name]
+    kwargs = arguments(**changed)
+    theirs = outcome(F.batch_norm, {k: v.clone() if isinstance(v, Tensor) else v for k, v in kwargs.items()})
+    if requires_grad and kwargs["input"].is_floating_point():
+        kwargs["input"] = kwargs["input"].clone().requires_grad_()
+    stats = [kwargs["running_mean"], kwargs["running_var"]]
+    before = [None if t is None else t.clone() for t in stats]
+    ours = outcome(batch_norm, kwargs)
+    assert ours is not None and theirs is not None, (ours, theirs)
+    # torch's NotImplementedError for a dtype is a RuntimeError that says less.
+    kind = RuntimeError if isinstance(theirs, NotImplementedError) else type(theirs)
+    assert isinstance(ours, kind), (ours, theirs)
+    for word in words:
+        assert word in str(ours), str(ours)
+    for t, old in zip(stats, before, strict=True):
+        assert t is None or torch.equal(t, old), "a failed call changed the running statistics"
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-5, -1.0])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_eps_is_refused_where_the_installed_torch_refuses_it(training, eps) -> None:
+    theirs = outcome(F.batch_norm, arguments(training=training, eps=eps))
+    kwargs = arguments(training=training, eps=eps)
+    ours = outcome(batch_norm, kwargs)
+    assert type(ours) is type(theirs), (ours, theirs)
+    if ours is not None:
+        assert "eps" in str(ours) and str(eps) in str(ours)
+        assert torch.equal(kwargs["running_mean"], torch.zeros(3))
+
+
+MODULE_INPUTS = {
+    1: [(4,), (4, 3, 5, 5), (1, 3), (4, 2), (1, 3, 1), (4, 4, 5)],
+    2: [(4, 3), (4, 3, 5), (4, 3, 5, 5, 5), (1, 3, 1, 1), (4, 2, 5, 5)],
+    3: [(4, 3), (4, 3, 5, 5), (1, 3, 1, 1, 1), (4, 2, 5, 5, 5)],
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(("ndim", "shape"), [(d, s) for d in MODULE_INPUTS for s in MODULE_INPUTS[d]])
+def test_module_error_is_torchs_and_the_state_stays(ndim, shape, training, device) -> None:
+    """The counter too, which torch.nn increments before it checks."""
+    theirs = getattr(nn, f"BatchNorm{ndim}d")(3, device=device).train(training)
+    ours = getattr(bnext, f"BatchNorm{ndim}d")(3, device=device).train(training)
+    act = getattr(bnext, f"BatchNormAct{ndim}d")(3, device=device).train(training)
+    x = torch.randn(shape, device=device)
+    expected = outcome(theirs, {"input": x})
+    for module in (ours, act):
+        before = {k: v.clone() for k, v in module.state_dict().items()}
+        error = outcome(module, {"input": x})
+        assert type(error) is type(expected), (error, expected)
+        if error is not None:
+            assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+
+
+def test_dimension_error_says_expected_and_got() -> None:
+    for module, shape, expected in (
+        (bnext.BatchNorm1d(3), (4, 3, 2, 2), "2D or 3D"),
+        (bnext.BatchNorm2d(3), (4, 3, 2), "4D"),
+        (bnext.BatchNorm3d(3), (4, 3, 2), "5D"),
+    ):
+        with pytest.raises(ValueError, match=rf"(?s){expected}.*{len(shape)}D"):
+            module(torch.randn(shape))
+
+
+def test_wrong_channel_count_names_both_numbers() -> None:
+    for affine, track in ((True, True), (True, False), (False, True)):
+        bn = bnext.BatchNorm2d(3, affine=affine, track_running_stats=track)
+        with pytest.raises(RuntimeError, match=r"(?s)7.*3|3.*7"):
+            bn(torch.randn(2, 7, 4, 4))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    "residual",
+    [torch.randn(4, 3, 6), torch.randn(4, 3), torch.randn(4, 3, 5).double(), torch.randn(1, 3, 5)],
+    ids=["size", "dims", "dtype", "broadcastable"],
+)
+def test_residual_must_match_the_input(residual, training) -> None:
+    kwargs = arguments(residual=residual, training=training)
+    with pytest.raises(RuntimeError, match="residual"):
+        batch_norm_act(**kwargs)
+    assert torch.equal(kwargs["running_mean"], torch.zeros(3))
+    assert torch.equal(kwargs["running_var"], torch.ones(3))
+
+
+def test_unknown_activation_is_a_value_error() -> None:
+    with pytest.raises(ValueError, match="sigmoid"):
+        batch_norm_act(torch.randn(4, 3), None, None, training=True, act="sigmoid")
+
+
+@pytest.mark.parametrize("which", ["running_mean", "running_var"])
+def test_one_running_statistic_alone_in_training(which) -> None:
+    """Not torch's to define (it crashed on it): either refused or the given one is right."""
+    kwargs = arguments(**{which: None})
+    other = "running_var" if which == "running_mean" else "running_mean"
+    theirs = outcome(F.batch_norm, arguments(**{which: None}))
+    before = kwargs[other].clone()
+    ours = outcome(batch_norm, kwargs)
+    assert type(ours) is type(theirs), (ours, theirs)
+    if ours is not None:
+        assert torch.equal(kwargs[other], before)
+
+
+def test_running_statistics_that_require_grad_are_refused_in_training() -> None:
+    stats = [torch.zeros(3, requires_grad=True), torch.ones(3, requires_grad=True)]
+    with pytest.raises(RuntimeError):
+        batch_norm(torch.randn(4, 3, requires_grad=True), *stats, training=True)
+    assert torch.equal(stats[0], torch.zeros(3))
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var", "residual"])
+def test_argument_on_another_device(name, device) -> None:
+    other = "cpu" if device.type == "cuda" else "meta"
+    kwargs = {
+        k: v.to(device) if isinstance(v, Tensor) else v for k, v in arguments().items()
+    }
+    kwargs["residual"] = torch.zeros(4, 3, 5, device=device)
+    kwargs[name] = kwargs[name].to(other)
+    with pytest.raises(RuntimeError, match=r"(?i)device|meta"):
+        batch_norm_act(**kwargs)
+
+
+def test_op_refuses_a_wrong_gradient_shape() -> None:
+    op = torch.ops.bnext.batch_norm_backward
+    x = torch.randn(4, 3, 5)
+    stats = torch.ones(2, 3, dtype=f64)
+    rest = (None, None, 1e-5, False, True, True, True, False)
+    for grad_out in (torch.randn(4, 3, 6), torch.randn(4, 3), torch.randn(4, 3, 5).double()):
+        with pytest.raises(RuntimeError, match="grad_out"):
+            op(grad_out, x, None, None, None, stats, *rest)
+    with pytest.raises(RuntimeError, match="save_stats"):
+        op(torch.randn(4, 3, 5), x, None, None, None, torch.ones(2, 4, dtype=f64), *rest)
+    with pytest.raises(RuntimeError, match="save_stats"):
+        op(torch.randn(4, 3, 5), x, None, None, None, torch.ones(2, 3), *rest)
+    with pytest.raises(RuntimeError, match="relu_mask"):
+        bad_mask = torch.zeros(1, 1, dtype=torch.uint8)
+        op(torch.randn(4, 3, 5), x, None, None, bad_mask, stats, None, None, 1e-5, True,
+           True, True, True, True)  # fmt: skip
+
+
+def test_op_refuses_a_counter_that_is_not_one_int64() -> None:
+    x, mean, var = torch.randn(4, 3), torch.zeros(3), torch.ones(3)
+    for counter in (torch.zeros((), dtype=torch.int32), torch.zeros(2, dtype=torch.int64), torch.zeros(())):
+        with pytest.raises(RuntimeError, match="num_batches_tracked"):
+            torch.ops.bnext.batch_norm_train(
+                x, None, None, None, mean, var, counter, 0.1, 1e-5, False, False
+            )
+        assert torch.equal(mean, torch.zeros(3))
+
+
+def test_statistics_that_share_memory_between_elements_are_refused() -> None:
+    """Written in place: torch refuses to write through an expanded tensor."""
+    mean, var = torch.zeros(1).expand(3), torch.ones(1).expand(3)
+    x = torch.randn(4, 3)
+    with pytest.raises(RuntimeError):
+        batch_norm(x, mean, var, training=True)
