@@ -1,0 +1,84 @@
+"""Alternating rounds in one process, and what the allocator does meanwhile."""
+
+import ctypes
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Call = Callable[[], object]
+
+# glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+
+
+@dataclass(frozen=True)
+class Timing:
+    seconds: list[float]  # one per round
+    faults: list[int]  # minor page faults, one per round
+
+    @property
+    def ms(self) -> float:
+        return statistics.median(self.seconds) * 1e3
+
+    @property
+    def quartiles_ms(self) -> tuple[float, float]:
+        low, _, high = statistics.quantiles(self.seconds, n=4)
+        return low * 1e3, high * 1e3
+
+    @property
+    def median_faults(self) -> int:
+        return round(statistics.median(self.faults))
+
+
+def alternate(
+    calls: Mapping[str, Call], budget_s: float, repeat: int = 1, most_rounds: int = 101
+) -> dict[str, Timing]:
+    """Times every call once a round, `repeat` times in a row, until the budget is spent.
+
+    The order rotates, so that nobody always finds the caches as the same neighbour left them. What
+    a call returns is freed outside the timed region. At least 5 rounds, after 3 uncounted ones.
+    """
+    results: dict[str, Timing] = {name: Timing([], []) for name in calls}
+    names = list(calls)
+    for call in [*calls.values()] * 3:
+        call()
+    end = time.perf_counter() + budget_s
+    for done in range(most_rounds):
+        if done >= 5 and time.perf_counter() > end:
+            break
+        shift = done % len(names)
+        for name in names[shift:] + names[:shift]:
+            call, result, output = calls[name], results[name], None
+            faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            start = time.perf_counter()
+            for _ in range(repeat):
+                output = call()
+            result.seconds.append((time.perf_counter() - start) / repeat)
+            result.faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+            del output
+    return results
+
+
+def keep_freed_memory() -> str | None:
+    """Stops the process from returning memory to the system; a reason where that is impossible.
+
+    By default glibc gives every block over 32 MB back when it is freed, and the next output of that
+    size takes a page fault per 4 KiB, which can cost more than the batch norm. From here on freed
+    blocks stay and are reused, for every provider alike. There is no way back: call it last.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return "the C library has no mallopt"
+    options = (_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, 2**31 - 1), (_M_ARENA_MAX, 1)
+    if not all(mallopt(option, value) for option, value in options):
+        return "mallopt was refused"
+    return None
+
+
+def touch(size_bytes: int) -> None:
+    """After `keep_freed_memory`: makes sure that much free memory has been written to once."""
+    torch.empty(size_bytes, dtype=torch.uint8).fill_(0)
