@@ -17,6 +17,7 @@ from rich.table import Table
 import bnext
 from benchmarks.providers import FLOOR_TENSORS, Case, Verdict
 from benchmarks.timing import Timing
+from bnext import _C
 
 COLORS = {"bnext": "tab:blue", "eager": "tab:orange", "compile": "tab:green", "copy": "black"}
 
@@ -34,7 +35,7 @@ Verdicts = dict[Case, dict[str, Verdict]]
 def provenance() -> dict[str, str]:
     """Machine, versions, date and commit: what a figure is worth nothing without."""
     threads = torch.get_num_threads()
-    cpu = bnext._C.cpu_device_info(threads)
+    cpu = _C.cpu_device_info(threads)
     build = bnext.build_info()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

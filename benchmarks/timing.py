@@ -1,6 +1,7 @@
 """Alternating rounds in one process, and what the allocator does meanwhile."""
 
 import ctypes
+import random
 import resource
 import statistics
 import time
@@ -39,19 +40,19 @@ def alternate(
 ) -> dict[str, Timing]:
     """Times every call once a round, `repeat` times in a row, until the budget is spent.
 
-    The order rotates, so that nobody always finds the caches as the same neighbour left them. What
-    a call returns is freed outside the timed region. At least 5 rounds, after 3 uncounted ones.
+    The order of a round is drawn, so that nobody always finds the caches as the same neighbour left
+    them. What a call returns is freed outside the timed region. At least 5 rounds, after 3 that are
+    not counted.
     """
     results: dict[str, Timing] = {name: Timing([], []) for name in calls}
-    names = list(calls)
+    shuffled = random.Random(0)
     for call in [*calls.values()] * 3:
         call()
     end = time.perf_counter() + budget_s
     for done in range(most_rounds):
         if done >= 5 and time.perf_counter() > end:
             break
-        shift = done % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in shuffled.sample(list(calls), len(calls)):
             call, result, output = calls[name], results[name], None
             faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             start = time.perf_counter()
