@@ -148,7 +148,9 @@ def build_facts(version: str, torch: Torch, cuda: Cuda) -> list[str]:
 
 def compile_flags(torch: Torch, cuda: Cuda) -> list[str]:
     flags = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
-    flags += ["-Werror=return-type", f"-I{CSRC}"]
+    flags += ["-Werror=return-type", "-Wno-maybe-uninitialized", "-Wno-psabi", f"-I{CSRC}"]
+    # The same arithmetic in every context: backward recomputes signs of forward's results.
+    flags += ["-ffp-contract=off"]
     # pybind11 stands before torch, which brings an older copy of it along.
     for folder in (pybind11.get_include(), torch.path / "include", sysconfig.get_path("include")):
         flags += ["-isystem", str(folder)]
