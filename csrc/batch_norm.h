@@ -1,0 +1,96 @@
+// What a batch norm is, without torch: the problem, the pointers it works on, and its enumerations.
+// Includes nothing but the standard library; shared by the plan, the bindings and all kernels.
+#pragma once
+
+#include <cstdint>
+
+namespace bnext {
+
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+constexpr int64_t element_size(DType t) {
+  return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2;
+}
+
+enum class Stage : uint8_t { kTrainForward, kEvalForward, kTrainBackward, kEvalBackward };
+
+constexpr bool is_training(Stage s) {
+  return s == Stage::kTrainForward || s == Stage::kTrainBackward;
+}
+constexpr bool is_backward(Stage s) {
+  return s == Stage::kTrainBackward || s == Stage::kEvalBackward;
+}
+
+// One call. Memory is dense: [n, c, hw], or [n * hw, c] where channels_last.
+struct Problem {
+  Stage stage;
+  int64_t n, c, hw;
+  bool channels_last;
+  DType dtype;    // input, output, residual and their gradients
+  bool relu;      // y = relu(bn(x) + residual)
+  bool residual;  // a residual is added; backward: its gradient is asked for
+  bool need_input = true, need_params = true;  // backward: dx; any of dweight, dbias
+
+  int64_t numel() const { return n * c * hw; }
+  int64_t count() const { return n * hw; }  // values per channel
+  int64_t bytes() const { return numel() * element_size(dtype); }
+  // The 1-bit ReLU mask: rows of memory, each padded to whole bytes.
+  int64_t mask_rows() const { return channels_last ? n * hw : n * c; }
+  int64_t mask_row_bytes() const { return ((channels_last ? c : hw) + 7) / 8; }
+
+  bool operator==(const Problem&) const = default;
+};
+
+// The same memory, described so that kernels see long runs: one channel is one row, and rows of a single
+// element are columns.
+constexpr Problem canonical(Problem p) {
+  if (p.c == 1) {
+    p.hw *= p.n;
+    p.n = 1;
+    p.channels_last = false;
+  } else if (p.hw == 1) {
+    p.channels_last = true;
+  }
+  return p;
+}
+
+// A per-channel vector whose dtype is only known at run time; null data where the argument is absent.
+template <class Void>
+struct Vector {
+  Void* data = nullptr;
+  int64_t stride = 1;  // elements
+  DType dtype = DType::kFloat32;
+
+  explicit operator bool() const { return data != nullptr; }
+};
+using ParamIn = Vector<const void>;
+using ParamOut = Vector<void>;
+
+struct ForwardArgs {
+  const void* input;
+  const void* residual;             // null: none
+  void* output;
+  uint8_t* relu_mask;               // null: not saved
+  ParamIn weight, bias;
+  ParamIn frozen_mean, frozen_var;     // eval: the running statistics
+  ParamOut running_mean, running_var;  // training: updated, where given
+  int64_t* num_batches_tracked;     // null: none
+  double* save_stats;               // [2, C]: mean, then 1 / sqrt(var + eps)
+  double momentum;                  // NaN: cumulative average
+  double eps;
+};
+
+struct BackwardArgs {
+  const void* grad_out;
+  const void* input;
+  const uint8_t* relu_mask;  // null: the sign is recomputed from input
+  ParamIn weight, bias;
+  const double* save_stats;           // batch statistics; null: frozen ones, from
+  ParamIn running_mean, running_var;
+  void* grad_input;     // null: not asked for, as below
+  void* grad_residual;
+  ParamOut grad_weight, grad_bias;
+  double eps;
+};
+
+}  // namespace bnext

@@ -1,0 +1,56 @@
+// The CPU kernels as a table of function pointers, one per instruction set and dtype. A kernel works on a
+// range of chunks and a range of lanes of a CpuPlan; it starts no thread and allocates nothing.
+#pragma once
+
+#include "../batch_norm.h"
+#include "../plan.h"
+
+namespace bnext {
+
+struct Span {
+  int64_t chunk0, chunk1, lane0, lane1;
+};
+
+// Per-lane coefficients in the compute type (double for float64, else float), [lanes] each and readable
+// kLanePadding past the end: see Affine and InputGrad in epilogue.h for what they mean.
+inline constexpr int64_t kLanePadding = 32;
+
+struct ForwardLanes {
+  const void *mean, *scale, *shift;
+};
+struct BackwardLanes {
+  const void *mean, *scale, *shift;  // the forward's, for the sign of a ReLU
+  const void *invstd, *a, *b, *c;
+};
+
+// Per-lane results of a span, [lanes] each: mean and m2, or sum_dy and sum_dy_xmu, where xmu is x less the
+// mean rounded to the compute type.
+struct Partial {
+  double *first, *second;
+};
+
+struct Kernels {
+  using Backward = void (*)(const CpuPlan&, Span, const BackwardLanes&, const BackwardArgs&, bool relu,
+                            Partial);
+  void (*moments)(const CpuPlan&, Span, const void* input, Partial);
+  void (*apply_forward)(const CpuPlan&, Span, const ForwardLanes&, const ForwardArgs&, bool relu);
+  Backward grad_sums;
+  Backward apply_backward;
+  Backward apply_backward_with_sums;  // both in one pass, where dx does not wait for the sums
+};
+
+// The number of values per lane in chunks [chunk0, chunk1).
+static inline int64_t chunk_values(const CpuPlan& p, int64_t chunk0, int64_t chunk1) {
+  // Chunks before `chunk`: whole row groups, then pieces of the group it is in.
+  const auto before = [&p](int64_t chunk) {
+    const int64_t row = chunk / p.segments * p.chunk_rows;
+    const int64_t piece = chunk % p.segments * p.segment_width;
+    return row >= p.rows ? p.rows * p.width
+                         : row * p.width + (piece < p.width ? piece : p.width) * (piece ? p.chunk_rows : 0);
+  };
+  return before(chunk1) - before(chunk0);
+}
+
+const Kernels& kernels(Isa isa, DType dtype);
+
+}  // namespace bnext

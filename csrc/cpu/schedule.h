@@ -1,0 +1,241 @@
+// How a plan runs on a CPU: which kernel works on which span, in which order, and the per-channel work in
+// between, in doubles. Threads are injected: parallel(n, f) calls f(begin, end) on parts of [0, n).
+// Includes no torch.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <initializer_list>
+#include <memory>
+
+#include "../batch_norm.h"
+#include "../epilogue.h"
+#include "../welford.h"
+#include "kernels.h"
+
+namespace bnext {
+
+inline double read(ParamIn v, int64_t c, double absent) {
+  const int64_t i = c * v.stride;
+  if (!v) return absent;
+  switch (v.dtype) {
+    case DType::kFloat64: return static_cast<const double*>(v.data)[i];
+    case DType::kFloat16: return static_cast<const _Float16*>(v.data)[i];
+    case DType::kBFloat16: {
+      const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(v.data)[i]) << 16;
+      float value;
+      std::memcpy(&value, &bits, sizeof value);
+      return value;
+    }
+    default: return static_cast<const float*>(v.data)[i];
+  }
+}
+
+inline double read(ParamOut v, int64_t c) { return read(ParamIn{v.data, v.stride, v.dtype}, c, 0); }
+
+inline void write(ParamOut v, int64_t c, double value) {
+  const int64_t i = c * v.stride;
+  if (!v) return;
+  switch (v.dtype) {
+    case DType::kFloat64: static_cast<double*>(v.data)[i] = value; break;
+    case DType::kFloat16: static_cast<_Float16*>(v.data)[i] = static_cast<_Float16>(value); break;
+    case DType::kBFloat16: {
+      const float single = static_cast<float>(value);
+      uint32_t bits;
+      std::memcpy(&bits, &single, sizeof bits);
+      const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
+      static_cast<uint16_t*>(v.data)[i] = static_cast<uint16_t>(std::isnan(single) ? 0x7fc0 : rounded);
+      break;
+    }
+    default: static_cast<float*>(v.data)[i] = static_cast<float>(value);
+  }
+}
+
+inline double inverse_std(double variance, double eps) { return 1 / std::sqrt(variance + eps); }
+
+// Scratch of one call: `arrays` of `length` values, readable kLanePadding past their ends.
+template <class T>
+class Arrays {
+ public:
+  Arrays(int64_t arrays, int64_t length)
+      : length_(length + kLanePadding), data_(new T[arrays * length_]()) {}
+  T* operator[](int64_t i) { return data_.get() + i * length_; }
+
+ private:
+  int64_t length_;
+  std::unique_ptr<T[]> data_;
+};
+
+// The spans of a plan. C is the compute type: double for float64, else float.
+template <class C, class Parallel>
+class Schedule {
+ public:
+  Schedule(const CpuPlan& plan, const Problem& problem, const Kernels& kernels, const Parallel& parallel)
+      : p_(plan), q_(problem), k_(kernels), parallel_(parallel) {}
+
+  // args.momentum is resolved here: the counter must move whatever the plan.
+  void train_forward(const ForwardArgs& args) {
+    double factor = args.momentum;
+    if (args.num_batches_tracked) ++*args.num_batches_tracked;
+    if (std::isnan(factor))
+      factor = args.num_batches_tracked ? 1 / static_cast<double>(*args.num_batches_tracked) : 0;
+    Arrays<double> partials(2 * p_.slices, p_.lanes);
+    Arrays<C> coefficients(3, p_.lanes);
+    const ForwardLanes lanes{coefficients[0], coefficients[1], coefficients[2]};
+
+    const auto reduce = [&](int64_t slice, int64_t lane0, int64_t lane1) {
+      k_.moments(p_, span(slice, lane0, lane1), args.input, partial(partials, slice));
+    };
+    const auto finish = [&](int64_t c) {
+      Moments<double> all{0, 0, 0};
+      for (int64_t lane = c * p_.lanes_per_channel; lane < (c + 1) * p_.lanes_per_channel; ++lane)
+        for (int64_t slice = 0; slice < p_.slices; ++slice) {
+          const Partial part = partial(partials, slice);
+          const Moments<double> m{static_cast<double>(slice_values(slice)), part.first[lane],
+                                  part.second[lane]};
+          if (m.count > 0) all = all.count > 0 ? combine(all, m) : m;
+        }
+      const double invstd = inverse_std(all.m2 / all.count, args.eps);
+      args.save_stats[c] = all.mean;
+      args.save_stats[q_.c + c] = invstd;
+      const auto update = [&](ParamOut running, double value) {
+        if (running) write(running, c, (1 - factor) * read(running, c) + factor * value);
+      };
+      update(args.running_mean, all.mean);
+      update(args.running_var, all.m2 / (all.count - 1));  // unbiased
+      set_affine(coefficients, c, all.mean, invstd, args.weight, args.bias);
+    };
+    const auto apply = [&](int64_t slice, int64_t lane0, int64_t lane1) {
+      k_.apply_forward(p_, span(slice, lane0, lane1), lanes, args, q_.relu);
+    };
+    run(reduce, finish, apply);
+  }
+
+  void eval_forward(const ForwardArgs& args) {
+    Arrays<C> coefficients(3, p_.lanes);
+    const ForwardLanes lanes{coefficients[0], coefficients[1], coefficients[2]};
+    for (int64_t c = 0; c < q_.c; ++c)
+      set_affine(coefficients, c, read(args.frozen_mean, c, 0),
+                 inverse_std(read(args.frozen_var, c, 1), args.eps), args.weight, args.bias);
+    for_each_task([&](int64_t slice, int64_t lane0, int64_t lane1) {
+      k_.apply_forward(p_, span(slice, lane0, lane1), lanes, args, q_.relu);
+    });
+  }
+
+  void backward(const BackwardArgs& args) {
+    const bool frozen = !args.save_stats;
+    Arrays<double> partials(2 * p_.slices, p_.lanes);
+    Arrays<C> coefficients(7, p_.lanes);
+    const BackwardLanes lanes{coefficients[0], coefficients[1], coefficients[2], coefficients[3],
+                              coefficients[4], coefficients[5], coefficients[6]};
+    const auto mean = [&](int64_t c) { return frozen ? read(args.running_mean, c, 0) : args.save_stats[c]; };
+    const auto invstd = [&](int64_t c) {
+      return frozen ? inverse_std(read(args.running_var, c, 1), args.eps) : args.save_stats[q_.c + c];
+    };
+    const auto set_input_grad = [&](int64_t c, double mean_dy, double mean_dy_xmu) {
+      const auto g = make_input_grad<C>(mean(c), invstd(c), read(args.weight, c, 1), mean_dy, mean_dy_xmu);
+      fill(coefficients, 3, c, {g.invstd, g.a, g.b, g.c});
+    };
+    for (int64_t c = 0; c < q_.c; ++c) {
+      set_affine(coefficients, c, mean(c), invstd(c), args.weight, args.bias);
+      if (frozen) set_input_grad(c, 0, 0);
+    }
+    const auto reduce = [&](int64_t slice, int64_t lane0, int64_t lane1) {
+      k_.grad_sums(p_, span(slice, lane0, lane1), lanes, args, q_.relu, partial(partials, slice));
+    };
+    const auto finish = [&](int64_t c) {
+      double sum_dy = 0, sum_dy_xmu = 0;
+      for (int64_t lane = c * p_.lanes_per_channel; lane < (c + 1) * p_.lanes_per_channel; ++lane)
+        for (int64_t slice = 0; slice < p_.slices; ++slice) {
+          sum_dy += partial(partials, slice).first[lane];
+          sum_dy_xmu += partial(partials, slice).second[lane];
+        }
+      const double mean_error = mean(c) - static_cast<double>(static_cast<C>(mean(c)));
+      sum_dy_xmu -= mean_error * sum_dy;  // the kernels subtract the rounded mean
+      write(args.grad_weight, c, sum_dy_xmu * invstd(c));
+      write(args.grad_bias, c, sum_dy);
+      const double count = static_cast<double>(q_.count());
+      if (!frozen) set_input_grad(c, sum_dy / count, sum_dy_xmu / count);
+    };
+    const auto apply = [&](int64_t slice, int64_t lane0, int64_t lane1) {
+      k_.apply_backward(p_, span(slice, lane0, lane1), lanes, args, q_.relu, {});
+    };
+    const bool applies = args.grad_input || args.grad_residual;
+    const bool sums = !frozen || args.grad_weight || args.grad_bias;
+    if (!frozen && applies) {
+      run(reduce, finish, apply);
+    } else if (sums) {
+      for_each_task([&](int64_t slice, int64_t lane0, int64_t lane1) {
+        const auto kernel = applies ? k_.apply_backward_with_sums : k_.grad_sums;
+        kernel(p_, span(slice, lane0, lane1), lanes, args, q_.relu, partial(partials, slice));
+      });
+      for (int64_t c = 0; c < q_.c; ++c) finish(c);
+    } else {
+      for_each_task(apply);
+    }
+  }
+
+ private:
+  int64_t chunk_of(int64_t slice) const {
+    return std::min(p_.chunks, slice * ((p_.chunks + p_.slices - 1) / p_.slices));
+  }
+  Span span(int64_t slice, int64_t lane0, int64_t lane1) const {
+    return {chunk_of(slice), chunk_of(slice + 1), lane0, lane1};
+  }
+  int64_t slice_values(int64_t slice) const {
+    return chunk_values(p_, chunk_of(slice), chunk_of(slice + 1));
+  }
+  Partial partial(Arrays<double>& partials, int64_t slice) const {
+    return {partials[2 * slice], partials[2 * slice + 1]};
+  }
+
+  // The same values in `arrays` [first, ...) for every lane of channel c.
+  void fill(Arrays<C>& arrays, int64_t first, int64_t c, std::initializer_list<C> values) const {
+    for (const C value : values)
+      std::fill_n(arrays[first++] + c * p_.lanes_per_channel, p_.lanes_per_channel, value);
+  }
+  void set_affine(Arrays<C>& arrays, int64_t c, double mean, double invstd, ParamIn weight,
+                  ParamIn bias) const {
+    const auto a = make_affine<C>(mean, invstd, read(weight, c, 1), read(bias, c, 0));
+    fill(arrays, 0, c, {a.mean, a.scale, a.shift});
+  }
+
+  // f(slice, lane0, lane1) for every task; each thread takes its own last one first, so that a second pass
+  // begins with what the first left in the cache.
+  template <class F>
+  void for_each_task(const F& f) const {
+    const int64_t blocks = (p_.lanes + p_.block - 1) / p_.block;
+    parallel_(blocks * p_.slices, p_.grain, [&](int64_t begin, int64_t end) {
+      for (int64_t task = end - 1; task >= begin; --task) {
+        const int64_t lane0 = task % blocks * p_.block;
+        f(task / blocks, lane0, std::min(p_.lanes, lane0 + p_.block));
+      }
+    });
+  }
+
+  template <class Reduce, class Finish, class Apply>
+  void run(const Reduce& reduce, const Finish& finish, const Apply& apply) const {
+    if (p_.family == Family::kResident) {
+      parallel_(p_.tasks, p_.grain, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t lane0 = task * p_.block, lane1 = std::min(p_.lanes, lane0 + p_.block);
+          for (int64_t slice = 0; slice < p_.slices; ++slice) reduce(slice, lane0, lane1);
+          for (int64_t c = lane0 / p_.lanes_per_channel; c < lane1 / p_.lanes_per_channel; ++c) finish(c);
+          for (int64_t slice = p_.slices; slice-- > 0;) apply(slice, lane0, lane1);
+        }
+      });
+    } else {
+      for_each_task(reduce);
+      for (int64_t c = 0; c < q_.c; ++c) finish(c);
+      for_each_task(apply);
+    }
+  }
+
+  const CpuPlan& p_;
+  const Problem& q_;
+  const Kernels& k_;
+  const Parallel& parallel_;
+};
+
+}  // namespace bnext

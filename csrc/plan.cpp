@@ -1,0 +1,118 @@
+// The CPU plan and its thresholds. Measurements beside them: AMD EPYC (Zen 5), 2 cores, 48 KiB L1d, 1 MiB
+// L2, 32 MiB L3; see benchmarks/results/.
+#include "plan.h"
+
+#include <algorithm>
+#include <numeric>
+#include <sstream>
+
+namespace bnext {
+namespace {
+
+// Two passes over a chunk of each operand stay in a 32 KiB L1 with room for the next chunk's lines.
+constexpr int64_t kChunkElements = 4096;
+// Columns are taken this many at a time: the lanes whose sums a kernel keeps in registers.
+constexpr int64_t kTileLanes = 32;
+// Below this, a run of adjacent elements fills too few vectors and is taken as columns.
+constexpr int64_t kMinRowWidth = 16;
+// Partial results per call, over all lanes: 16 B each, far below any L2.
+constexpr int64_t kMaxPartials = 4096;
+constexpr int64_t kMaxSlices = 256;
+// A resident task aims at this much memory: enough to stream, small enough to balance threads.
+constexpr int64_t kTaskBytes = 256 * 1024;
+constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kCacheLine = 64;
+constexpr int64_t kVectorLanes = 8;
+// Fewer elements are not worth waking a thread for (ATen's grain).
+constexpr int64_t kMinThreadElements = 32768;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Bytes of a slab that stays cached from a thread's first pass to its second: its own L2, or its share of
+// half the L3 (the other half is left to outputs and other threads).
+int64_t resident_bytes(const CpuInfo& cpu) {
+  return std::max(cpu.l2_bytes, cpu.l3_bytes / 2 / std::max(cpu.threads, 1));
+}
+
+}  // namespace
+
+CpuPlan plan_cpu(const Problem& p, const CpuInfo& cpu) {
+  CpuPlan plan{};
+  plan.isa = cpu.isa;
+  const bool masked = p.relu && p.residual;  // mask bytes belong to rows of memory
+  const bool short_rows = !p.channels_last && p.hw < kMinRowWidth && !masked;
+  const bool columns = p.channels_last || short_rows;
+  plan.map = columns ? IndexMap::kColumns : IndexMap::kRows;
+  plan.lanes_per_channel = short_rows ? p.hw : 1;
+  plan.lanes = p.c * plan.lanes_per_channel;
+  plan.rows = p.channels_last ? p.n * p.hw : p.n;
+  plan.row_stride = columns ? plan.lanes : p.c * p.hw;
+  plan.width = columns ? 1 : p.hw;
+
+  plan.segments = columns ? 1 : ceil_div(p.hw, kChunkElements);
+  plan.segment_width = round_up(ceil_div(plan.width, plan.segments), plan.segments > 1 ? kTileLanes : 1);
+  plan.chunk_rows = std::max<int64_t>(1, kChunkElements / (columns ? kTileLanes : plan.width));
+  plan.chunks = ceil_div(plan.rows, plan.chunk_rows) * plan.segments;
+  plan.slices = std::min(plan.chunks, std::clamp<int64_t>(kMaxPartials / plan.lanes, 1, kMaxSlices));
+
+  const int64_t element_bytes = element_size(p.dtype);
+  const int64_t operands = is_backward(p.stage) ? 2 : 1;  // tensors that both passes read
+  const int64_t lane_bytes = plan.rows * plan.width * element_bytes * operands;
+  // A resident task takes whole channels, and whole cache lines of columns.
+  const int64_t unit = columns ? std::lcm(plan.lanes_per_channel, kCacheLine / element_bytes) : 1;
+  const int64_t min_block = std::min(plan.lanes, unit);
+  const bool fits = lane_bytes * min_block <= resident_bytes(cpu);
+  const bool feeds_threads = ceil_div(plan.lanes, min_block) >= cpu.threads;
+  plan.family = !is_training(p.stage)    ? Family::kElementwise
+                : fits && feeds_threads ? Family::kResident
+                                        : Family::kStreaming;
+  if (plan.family == Family::kResident) {
+    const int64_t blocks = std::max<int64_t>(
+        {1, kTasksPerThread * cpu.threads, lane_bytes * plan.lanes / kTaskBytes});
+    plan.block = std::min(plan.lanes, round_up(ceil_div(plan.lanes, blocks), unit));
+    plan.tasks = ceil_div(plan.lanes, plan.block);
+  } else {
+    const int64_t blocks = ceil_div(kTasksPerThread * cpu.threads, plan.slices);
+    plan.block = std::min(plan.lanes, round_up(ceil_div(plan.lanes, blocks), columns ? kTileLanes : 1));
+    plan.tasks = ceil_div(plan.lanes, plan.block) * plan.slices;
+  }
+  plan.grain = std::max<int64_t>(1, kMinThreadElements / std::max<int64_t>(1, p.numel() / plan.tasks));
+
+  // A non-temporal store saves reading the line first, but evicts what the next layer wants to read:
+  // taken where the output would not have stayed in the L3 anyway.
+  const int64_t run = columns ? plan.lanes : p.hw;
+  plan.nontemporal_stores = run % kVectorLanes == 0 && plan.lanes_per_channel == 1 && p.bytes() > cpu.l3_bytes;
+
+  const int64_t e = p.bytes();
+  const bool reads_input = p.need_params || p.relu || is_training(p.stage);
+  const int64_t reads = is_backward(p.stage) && reads_input ? 2 * e : e;
+  const int64_t writes = p.need_input ? e : 0;
+  plan.bytes_floor = reads + writes + (p.residual ? e : 0) + (masked ? p.mask_rows() * p.mask_row_bytes() : 0);
+  plan.bytes_moved = plan.bytes_floor + (plan.family == Family::kStreaming ? reads : 0);
+  return plan;
+}
+
+std::string to_string(Isa isa) {
+  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "default";
+}
+
+std::string to_string(Family family) {
+  return family == Family::kResident    ? "resident"
+         : family == Family::kStreaming ? "streaming"
+                                        : "elementwise";
+}
+
+std::string to_string(IndexMap map) { return map == IndexMap::kRows ? "rows" : "columns"; }
+
+std::string to_string(const CpuPlan& p) {
+  std::ostringstream out;
+  out << "CpuPlan(family=" << to_string(p.family) << ", index_map=" << to_string(p.map)
+      << ", lanes=" << p.lanes << ", slices=" << p.slices << ", chunks=" << p.chunks
+      << ", block=" << p.block << ", tasks=" << p.tasks
+      << ", nontemporal_stores=" << (p.nontemporal_stores ? "True" : "False")
+      << ", bytes_moved=" << p.bytes_moved << ", bytes_floor=" << p.bytes_floor << ")";
+  return out.str();
+}
+
+}  // namespace bnext
