@@ -1,0 +1,104 @@
+"""import bnext: starts nothing, runs nothing, and says what to do where it cannot."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **environment},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_import_starts_no_threads_and_prints_nothing() -> None:
+    result = run(
+        "import os, sys, torch\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        "import bnext\n"
+        "sys.exit(len(os.listdir('/proc/self/task')) - before)"
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_import_runs_no_operation_and_changes_no_setting() -> None:
+    result = run(
+        "import os, sys, torch\n"
+        "settings = lambda: (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed(),\n"
+        "                    torch.is_grad_enabled(), dict(os.environ), torch.get_rng_state().sum())\n"
+        "before = settings()\n"
+        "with torch.profiler.profile() as profile:\n"
+        "    import bnext\n"
+        "assert settings() == before\n"
+        "events = [e.key for e in profile.key_averages() if not e.key.startswith(('Profiler', '['))]\n"
+        "assert not events, events\n"
+        "assert not torch.cuda.is_initialized()"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_import_brings_no_optional_package() -> None:
+    result = run(
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import bnext\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "wrong = new & {'pytest', 'hypothesis', 'matplotlib', 'rich', 'sklearn', 'torchvision',\n"
+        "               'setuptools', 'ninja', 'pybind11'}\n"
+        "assert not wrong, wrong"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+HIDE = (
+    "import sys, torch\n"
+    "class Hide:\n"
+    "    def find_spec(self, name, path=None, target=None):\n"
+    "        if name == 'bnext._C':\n"
+    "            raise ImportError({message!r})\n"
+    "sys.meta_path.insert(0, Hide())\n"
+    "import bnext\n"
+)
+
+
+@pytest.mark.parametrize("message", ["No module named 'bnext._C'", "undefined symbol: torch_oops"])
+def test_missing_or_broken_extension_says_what_to_do(message) -> None:
+    result = run(HIDE.format(message=message))
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: ")
+    assert message in last, "the cause is named"
+    assert "pip install" in last, "the way out is named"
+    assert "The above exception was the direct cause" in result.stderr, "the cause is chained"
+
+
+def test_no_part_of_the_package_works_without_the_extension() -> None:
+    """No silent fallback: each submodule refuses too."""
+    code = HIDE.format(message="gone").rsplit("import bnext\n", 1)[0]
+    for module in ("bnext.functional", "bnext.modules", "bnext.convert", "bnext.introspect"):
+        result = run(code + f"import {module}\n")
+        assert result.returncode == 1 and "gone" in result.stderr, module
+
+
+def test_introspect_runs_as_a_program() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "bnext.introspect"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "version" in result.stdout and "floor" in result.stdout
+
+
+def test_every_public_name_is_there_and_documented() -> None:
+    import bnext
+
+    for name in bnext.__all__:
+        assert getattr(bnext, name).__doc__, name
+    assert {"BatchNorm2d", "BatchNormAct2d", "LazyBatchNorm2d", "convert", "revert", "explain",
+            "build_info", "functional"} <= set(bnext.__all__)  # fmt: skip

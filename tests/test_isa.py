@@ -1,0 +1,80 @@
+"""Every instruction set that was built and this machine has: each in its own process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+NAMES = ["default", "avx2", "avx512"]
+
+
+def run(isa: str, code: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "BNEXT_CPU_CAPABILITY": isa, "PYTHONPATH": str(TESTS.parent)}
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=TESTS, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+
+
+def cpu_has(isa: str) -> bool:
+    flags = Path("/proc/cpuinfo").read_text()
+    needed = {"default": [], "avx2": ["avx2", "fma"], "avx512": ["avx512f", "avx512bw", "avx512vl"]}
+    return all(f" {flag} " in flags.replace("\n", " ") for flag in needed[isa])
+
+
+SUBSET = """
+import os, torch
+from cases import DTYPES, SHAPES, make
+from test_backward import check_backward
+from test_forward import check_forward
+from bnext import _C
+
+assert _C.cpu_device_info(1).isa == os.environ["BNEXT_CPU_CAPABILITY"]
+torch.manual_seed(0)
+for shape in SHAPES:
+    for dtypes in DTYPES:
+        for training in (True, False):
+            for relu, residual in ((False, False), (True, False), (True, True)):
+                case = make(*shape, dtypes, residual=residual)
+                try:
+                    check_forward(case, training, relu)
+                    check_backward(case, training, relu)
+                except AssertionError as error:
+                    raise AssertionError(f"{shape} {dtypes} {training=} {relu=} {residual=}: {error}")
+for dtype in (torch.bfloat16, torch.float16):
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    x = bits[bits.isfinite()].reshape(-1, 1)
+    stats = torch.zeros(1), torch.ones(1)
+    from bnext.functional import batch_norm
+    assert torch.equal(batch_norm(x, *stats, eps=0.0), x), dtype
+    third = batch_norm(x, *stats, torch.full((1,), 1 / 3), eps=0.0)
+    assert torch.equal(third, (x.float() * (1 / 3)).to(dtype)), dtype
+    odd = torch.tensor([[float("inf")], [float("-inf")], [float("nan")], [-0.0]], dtype=dtype)
+    y = batch_norm(odd, *stats, eps=0.0)
+    assert torch.equal(y[:2], odd[:2]) and y[2].isnan()
+"""
+
+
+@pytest.mark.parametrize("isa", NAMES)
+def test_forward_and_backward_on_each(isa) -> None:
+    if not cpu_has(isa):
+        pytest.skip(f"this machine has no {isa}")
+    result = run(isa, SUBSET)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_unknown_name_is_an_error_that_names_it() -> None:
+    result = run("sse9", "from bnext import _C; _C.cpu_device_info(1)")
+    assert result.returncode != 0
+    assert "BNEXT_CPU_CAPABILITY" in result.stderr and "sse9" in result.stderr
+
+
+def test_default_choice_is_the_best_of_the_machine() -> None:
+    from bnext import _C
+
+    chosen = os.environ.get("BNEXT_CPU_CAPABILITY")
+    best = [isa for isa in NAMES if cpu_has(isa)][-1]
+    assert _C.cpu_device_info(1).isa == (chosen or best)
