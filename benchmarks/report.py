@@ -84,7 +84,7 @@ def facts_table(facts: Mapping[str, str]) -> Table:
 
 def numbers_table(title: str, labels: Iterable[str], numbers: Iterable[str]) -> Table:
     """Without rows yet; narrow enough for 80 columns, which is what a log has."""
-    table = Table(title=title, box=SIMPLE, collapse_padding=True, pad_edge=False)
+    table = Table(title=title, box=SIMPLE, padding=0, pad_edge=False)
     for label in labels:
         table.add_column(label, no_wrap=True)
     for number in numbers:
@@ -157,7 +157,7 @@ def summary_table(timings: Timings) -> Table:
     """Geometric means over the distinct shapes, and the worst shape."""
     others = _others(timings)
     table = numbers_table(
-        "bnext over the distinct shapes: geometric mean (worst)",
+        "speed of bnext against the others, its time in copies: geometric mean (worst)",
         ["direction", "malloc", "dtype", "layout"],
         [*(f"vs {name}" for name in others), "time/copy"],
     )
@@ -165,7 +165,7 @@ def summary_table(timings: Timings) -> Table:
         cells = []
         for name in others:
             speedups = [p[name].ms / p["bnext"].ms for p in members.values()]
-            cells.append(f"{statistics.geometric_mean(speedups):.2f}x ({min(speedups):.2f}x)")
+            cells.append(f"{statistics.geometric_mean(speedups):.2f} ({min(speedups):.2f})")
         slowness = [p["bnext"].ms / ceiling_ms(key, p) for key, p in members.items()]
         cells.append(f"{statistics.geometric_mean(slowness):.2f} ({max(slowness):.2f})")
         table.add_row(*group, *cells)
