@@ -15,6 +15,7 @@ Environment
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -133,17 +134,23 @@ def words(variable: str) -> list[str]:
     return shlex.split(os.environ.get(variable, ""))
 
 
-def build_facts(version: str, torch: Torch, cuda: Cuda) -> list[str]:
-    """The macros from which bindings.cpp makes bnext.build_info()."""
+def bindings_flags(version: str, torch: Torch, cuda: Cuda) -> list[str]:
+    """For bindings.cpp alone: pybind11, and the macros from which bnext.build_info() is made.
+
+    They stand before compile_flags, because torch brings an older copy of pybind11 along.
+    """
+    flags = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
+    compiler = run(*(words("CXX") or ["g++"]), "--version").stdout.partition("\n")[0]
     facts = {
         "VERSION": version,
+        "COMPILER": compiler,
         "TORCH_BUILD": torch.version,
         "CPU_ISAS": ",".join(CPU_ISAS),
         "NVCC": cuda.version,
         "CUDA_ARCHS": ";".join(cuda.archs),
         "CUDA_MISSING": cuda.missing,
     }
-    return [f"-DBNEXT_{name}={json.dumps(value)}" for name, value in facts.items()]
+    return flags + [f"-DBNEXT_{name}={json.dumps(value)}" for name, value in facts.items()]
 
 
 def compile_flags(torch: Torch, cuda: Cuda) -> list[str]:
@@ -151,10 +158,8 @@ def compile_flags(torch: Torch, cuda: Cuda) -> list[str]:
     flags += ["-Werror=return-type", "-Wno-maybe-uninitialized", "-Wno-psabi", f"-I{CSRC}"]
     # The same arithmetic in every context: backward recomputes signs of forward's results.
     flags += ["-ffp-contract=off"]
-    # pybind11 stands before torch, which brings an older copy of it along.
-    for folder in (pybind11.get_include(), torch.path / "include", sysconfig.get_path("include")):
-        flags += ["-isystem", str(folder)]
     major, minor = MINIMUM_TORCH
+    flags += ["-isystem", str(torch.path / "include")]
     flags += [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"]
     if cuda.nvcc:
         flags += ["-DBNEXT_WITH_CUDA", "-DUSE_CUDA", *cuda.include_flags]
@@ -185,7 +190,7 @@ def ninja_manifest(version: str, torch: Torch, cuda: Cuda) -> str:
     """The text of build.ninja: every object, then _C.so from them."""
     # -MD and not -MMD: another torch in the same place must rebuild too.
     compiler = shell(words("CXX") or ["g++"])
-    cxx = f"{compiler} -MD -MF $out.d {shell(compile_flags(torch, cuda))} $flags"
+    cxx = f"{compiler} -MD -MF $out.d $flags {shell(compile_flags(torch, cuda))}"
     nvcc = f"{shell([cuda.nvcc])} -MD -MF $out.d {shell(nvcc_flags(cuda))}"
     link = f"{compiler} -shared -o $out $in {shell(link_flags(torch, cuda))}"
     lines = ["ninja_required_version = 1.5"]
@@ -202,10 +207,10 @@ def ninja_manifest(version: str, torch: Torch, cuda: Cuda) -> str:
         lines.append(f"  flags = {flags}")
 
     kernels = CSRC / "cpu" / "kernels.cpp"
-    facts = shell(build_facts(version, torch, cuda))
+    bindings = shell(bindings_flags(version, torch, cuda))
     for folder in ("", "cpu", "cuda") if cuda.nvcc else ("", "cpu"):
         for source in sorted({*CSRC.joinpath(folder).glob("*.cpp")} - {kernels}):
-            compile_file("cxx", source, flags=facts if source.name == "bindings.cpp" else "")
+            compile_file("cxx", source, flags=bindings if source.name == "bindings.cpp" else "")
         for source in sorted(CSRC.joinpath(folder).glob("*.cu")):
             compile_file("nvcc", source)
     for isa, flags in CPU_ISAS.items():
@@ -235,10 +240,13 @@ class NinjaBuild(build_ext):
         folder = ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
         folder.mkdir(parents=True, exist_ok=True)
         manifest = ninja_manifest(self.distribution.get_version(), torch, cuda)
-        (folder / "build.ninja").write_text(manifest)
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
-        if subprocess.call([os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-j", jobs]):
-            raise SystemExit("bnext: the C++ build failed; the compiler's message is above.")
+        command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-j", jobs]
+        with open(folder / "lock", "w") as lock:  # ninja itself does not keep a second one out
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (folder / "build.ninja").write_text(manifest)
+            if subprocess.call(command):
+                raise SystemExit("bnext: the C++ build failed; the compiler's message is above.")
 
         library = folder / "_C.so"
         if b"\0libtorch.so\0" not in library.read_bytes():
