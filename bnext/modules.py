@@ -1,0 +1,268 @@
+"""Drop-in modules: torch.nn's batch norms with the forward pass on bnext's ops.
+
+Each subclasses torch.nn's class of the same name and adds no state, so that whatever looks for a
+batch norm finds one, and `convert` can turn one into the other by its class alone.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+
+from bnext.functional import compose, is_relu, normalize
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "BatchNormAct1d",
+    "BatchNormAct2d",
+    "BatchNormAct3d",
+    "LazyBatchNorm1d",
+    "LazyBatchNorm2d",
+    "LazyBatchNorm3d",
+]
+
+
+class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
+    """The forward pass."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._compose(input, None, False)
+        else:  # noqa: RET505  (the script compiler leaves out an else, not what follows)
+            return self._normalize(input, None, False)
+
+    def _compose(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        tracked = not self.training or self.track_running_stats
+        return compose(
+            input,
+            self.weight,
+            self.bias,
+            residual,
+            self.running_mean if tracked else None,
+            self.running_var if tracked else None,
+            self.num_batches_tracked if self.training and tracked else None,
+            self.training or (self.running_mean is None and self.running_var is None),
+            self.momentum,
+            self.eps,
+            relu,
+        )
+
+    @torch.jit.unused
+    def _normalize(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+        if type(input) is not Tensor and isinstance(input, Proxy):
+            # torch.fx keeps torch.nn's modules whole; be kept as well.
+            tracer = input.tracer
+            arguments = (input,) if residual is None else (input, residual)
+            path = tracer.path_of_module(self)
+            return tracer.create_proxy("call_module", path, arguments, {})
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        try:
+            # Without Module.__getattr__, which costs 0.4 us each.
+            parameters, buffers = self._parameters, self._buffers
+            weight, bias = parameters["weight"], parameters["bias"]
+            running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+            num_batches_tracked = buffers["num_batches_tracked"]
+        except KeyError:
+            # Pruning and parametrisations compute a parameter where they took it away.
+            weight, bias = self.weight, self.bias
+            running_mean, running_var = self.running_mean, self.running_var
+            num_batches_tracked = self.num_batches_tracked
+        training = self.training
+        if not training:
+            num_batches_tracked = None
+            training = running_mean is None and running_var is None
+        elif not self.track_running_stats:
+            running_mean = running_var = num_batches_tracked = None
+        return normalize(
+            input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
+            training, self.momentum, self.eps, relu,
+        )  # fmt: skip
+
+
+class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
+    r"""Batch normalisation of a 2D or 3D input: a drop-in for :class:`torch.nn.BatchNorm1d`.
+
+    Same constructor, parameters, buffers, ``state_dict``, results and errors; see there. What
+    differs: a call that raises has not counted a batch. See :class:`bnext.BatchNorm2d`.
+
+    Shape:
+        - Input: :math:`(N, C)` or :math:`(N, C, L)`
+        - Output: as the input
+
+    Example::
+
+        >>> m = bnext.BatchNorm1d(100)
+        >>> output = m(torch.randn(20, 100))
+    """
+
+
+class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
+    r"""Batch normalisation of a 4D input: a drop-in for :class:`torch.nn.BatchNorm2d`.
+
+    Same constructor, parameters, buffers, ``state_dict``, results and errors; see there. What
+    differs: the activation is read from memory once where it fits the cache, the batch is counted
+    in the same op, and a call that raises has not counted one.
+
+    What it computes is Algorithm 1 of `Ioffe & Szegedy, 2015 <https://arxiv.org/abs/1502.03167>`__,
+    with torch.nn's running statistics. :func:`bnext.explain` says how a given shape is computed.
+
+    Shape:
+        - Input: :math:`(N, C, H, W)`, contiguous or channels_last without a copy
+        - Output: as the input, in its memory format
+
+    Example::
+
+        >>> m = bnext.BatchNorm2d(100)
+        >>> output = m(torch.randn(20, 100, 35, 45))
+    """
+
+
+class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
+    r"""Batch normalisation of a 5D input: a drop-in for :class:`torch.nn.BatchNorm3d`.
+
+    Same constructor, parameters, buffers, ``state_dict``, results and errors; see there. What
+    differs: a call that raises has not counted a batch. See :class:`bnext.BatchNorm2d`.
+
+    Shape:
+        - Input: :math:`(N, C, D, H, W)`, contiguous or channels_last_3d without a copy
+        - Output: as the input, in its memory format
+
+    Example::
+
+        >>> m = bnext.BatchNorm3d(100)
+        >>> output = m(torch.randn(20, 100, 35, 45, 10))
+    """
+
+
+class LazyBatchNorm1d(_BatchNorm, torch.nn.LazyBatchNorm1d):
+    """A :class:`bnext.BatchNorm1d` that takes its channels from the first input.
+
+    As :class:`torch.nn.LazyBatchNorm1d`.
+    """
+
+    cls_to_become = BatchNorm1d
+
+
+class LazyBatchNorm2d(_BatchNorm, torch.nn.LazyBatchNorm2d):
+    """A :class:`bnext.BatchNorm2d` that takes its channels from the first input.
+
+    As :class:`torch.nn.LazyBatchNorm2d`.
+    """
+
+    cls_to_become = BatchNorm2d
+
+
+class LazyBatchNorm3d(_BatchNorm, torch.nn.LazyBatchNorm3d):
+    """A :class:`bnext.BatchNorm3d` that takes its channels from the first input.
+
+    As :class:`torch.nn.LazyBatchNorm3d`.
+    """
+
+    cls_to_become = BatchNorm3d
+
+
+class _BatchNormAct(_BatchNorm):
+    """The activation and the residual."""
+
+    __constants__ = [*torch.nn.BatchNorm2d.__constants__, "act"]  # noqa: RUF012
+    act: str | None
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        act: str | None = "relu",
+    ) -> None:
+        is_relu(act)  # raises
+        # Only where asked for: torch before 2.13 has no such argument, and says so.
+        optional: dict[str, Any] = {} if bias else {"bias": False}
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **optional
+        )
+        self.act = act
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if torch.jit.is_scripting():
+            return self._compose(input, residual, self.act is not None)
+        else:  # noqa: RET505  (the script compiler leaves out an else, not what follows)
+            return self._normalize(input, residual, is_relu(self.act))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act={self.act!r}"  # type: ignore[no-untyped-call]
+
+
+class BatchNormAct1d(_BatchNormAct, BatchNorm1d):
+    r"""Batch normalisation, residual and activation of a 2D or 3D input, in one pass.
+
+    See :class:`bnext.BatchNormAct2d`, of which this is the form for :math:`(N, C)` and
+    :math:`(N, C, L)`.
+
+    Example::
+
+        >>> m = bnext.BatchNormAct1d(100)
+        >>> output = m(torch.randn(20, 100))
+    """
+
+
+class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
+    r"""Batch normalisation, residual and activation of a 4D input, in one pass.
+
+    .. math::
+        y = \mathrm{act}\left(\frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma
+        + \beta + \mathrm{residual}\right)
+
+    In place of ``relu(bn(x) + residual)`` or ``relu(bn(x))``: neither the normalised tensor nor
+    the sum is written to memory. A :class:`bnext.BatchNorm2d` with the same parameters, buffers and
+    ``state_dict``.
+
+    Args:
+        num_features: :math:`C`, as in :class:`torch.nn.BatchNorm2d`, as is all that follows but
+            :attr:`act`
+        eps: added to the variance. Default: 1e-5
+        momentum: the weight of the batch in the running statistics; ``None`` for their cumulative
+            average. Default: 0.1
+        affine: whether there are :math:`\gamma` and :math:`\beta`. Default: ``True``
+        track_running_stats: whether there are running statistics. Default: ``True``
+        device: where the parameters are
+        dtype: the type of the parameters
+        bias: whether there is a :math:`\beta` (from torch 2.13 on). Default: ``True``
+        act: ``"relu"``, or ``None`` for no activation. Default: ``"relu"``
+
+    Shape:
+        - Input: :math:`(N, C, H, W)`
+        - Residual: as the input, or ``None``
+        - Output: as the input, in its memory format
+
+    Raises:
+        ValueError: :attr:`act` is unknown; else as :class:`torch.nn.BatchNorm2d`.
+
+    Example::
+
+        >>> m = bnext.BatchNormAct2d(64)
+        >>> x, shortcut = torch.randn(2, 8, 64, 14, 14)
+        >>> output = m(x)
+        >>> output = m(x, shortcut)
+    """
+
+
+class BatchNormAct3d(_BatchNormAct, BatchNorm3d):
+    r"""Batch normalisation, residual and activation of a 5D input, in one pass.
+
+    See :class:`bnext.BatchNormAct2d`, of which this is the form for :math:`(N, C, D, H, W)`.
+
+    Example::
+
+        >>> m = bnext.BatchNormAct3d(100)
+        >>> output = m(torch.randn(2, 100, 5, 7, 7))
+    """
