@@ -2,6 +2,7 @@
 
 import csv
 import datetime
+import os
 import platform
 import statistics
 import subprocess
@@ -42,6 +43,7 @@ def provenance() -> dict[str, str]:
         "commit": _git_commit(),
         "cpu": _cpu_model(),
         "threads": str(threads),
+        "load before": f"{os.getloadavg()[0]:.1f}",
         "isa": cpu.isa,
         "caches": f"L1 {cpu.l1_bytes >> 10} KiB, L2 {cpu.l2_bytes >> 10} KiB, "
         f"L3 {cpu.l3_bytes >> 10} KiB",
@@ -132,7 +134,7 @@ def _others(timings: Timings) -> list[str]:
 
 def timing_tables(timings: Timings) -> Iterable[Table]:
     for (direction, allocator, dtype, layout), group in _groups(timings).items():
-        title = f"training {direction}, {dtype}, {layout}, {allocator} allocator: median ms"
+        title = f"{direction}, {dtype}, {layout}, {allocator} allocator, median ms"
         others = _others(group)
         copies = {"forward": "copy", "backward": "1.5\ncopies"}[direction]
         columns = [copies, "bnext", *others, *(f"vs\n{name}" for name in others)]
