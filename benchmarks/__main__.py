@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     kernel.add_argument("--budget", type=float, help="seconds per case, direction and allocator")
     kernel.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     training = commands.add_parser("train", parents=[shared], help=train.__doc__)
-    training.add_argument("--epochs", type=int, help="passes over the training set (default 30)")
+    training.add_argument("--epochs", type=int, help="passes over the training set (default 15)")
     commands.add_parser("overhead", parents=[shared], help=overhead.__doc__)
     return parser
 
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     if args.threads or args.command == "overhead":
         torch.set_num_threads(args.threads or 1)
     if args.command == "train":
-        return train.run(args.out, epochs=args.epochs or (2 if args.quick else 30))
+        return train.run(args.out, epochs=args.epochs or (2 if args.quick else 15))
     if args.command == "overhead":
         return overhead.run(args.out, *((11, 20) if args.quick else (101, 300)))
     shapes = kernels.QUICK if args.quick else kernels.RESNET50
