@@ -53,7 +53,7 @@ types: setup
 	mypy
 
 format: setup
-	ruff check --fix $(PYTHON_FILES)
+	ruff check --fix-only $(PYTHON_FILES)
 	ruff format $(PYTHON_FILES)
 	clang-format -i $(CXX_FILES)
 
