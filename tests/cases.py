@@ -14,7 +14,7 @@ LAYOUTS: dict[str, tuple[tuple[int, ...], torch.memory_format]] = {
     "ncdhw": ((2, 3, 2, 3, 3), torch.contiguous_format),
     "ndhwc": ((2, 3, 2, 3, 3), torch.channels_last_3d),
 }
-# Sizes that a vector of 8 or 16 does not divide, sizes beyond one chunk, and more channels than tasks.
+# Sizes that no vector divides, sizes beyond one chunk, and more channels than tasks.
 SHAPES: list[tuple[tuple[int, ...], torch.memory_format]] = [
     *LAYOUTS.values(),
     ((2, 1), torch.contiguous_format),
@@ -40,7 +40,12 @@ DTYPES: list[tuple[torch.dtype, torch.dtype, torch.dtype]] = [
     (torch.float16, torch.float32, torch.float32),
     (torch.float16, torch.float16, torch.float16),
 ]
-AFFINE = {"plain": (False, False), "weight": (True, False), "bias": (False, True), "affine": (True, True)}
+AFFINE = {
+    "plain": (False, False),
+    "weight": (True, False),
+    "bias": (False, True),
+    "affine": (True, True),
+}
 
 
 def shape_id(value: object) -> str | None:

@@ -40,7 +40,8 @@ def _seeded() -> None:
 def _thread_count_restored() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
-    torch.set_num_threads(threads)
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
 
 
 def _built_for_cuda() -> bool:

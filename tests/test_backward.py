@@ -3,13 +3,13 @@
 from itertools import product
 
 import pytest
-import reference
 import torch
-from cases import AFFINE, DTYPES, LAYOUTS, SHAPES, Case, dtype_id, make, shape_id
 from torch import Tensor
 from torch.nn import functional as F
 
+import reference
 from bnext.functional import batch_norm, batch_norm_act
+from cases import AFFINE, DTYPES, LAYOUTS, SHAPES, Case, dtype_id, make, shape_id
 
 
 def leaf(t: Tensor | None, requires_grad: bool = True) -> Tensor | None:
@@ -47,7 +47,12 @@ def check_backward(case: Case, training: bool, relu: bool) -> None:
         dy = torch.where(active, dy, torch.zeros_like(dy))
     torchs = [leaf(t) for t in (case.x, case.weight, case.bias)]
     F.batch_norm(
-        torchs[0], case.running_mean.clone(), case.running_var.clone(), torchs[1], torchs[2], training
+        torchs[0],
+        case.running_mean.clone(),
+        case.running_var.clone(),
+        torchs[1],
+        torchs[2],
+        training,
     ).backward(dy)
     expected = reference.backward(case.grad_out, case.x, case.weight, stats, active=active)
     rows = [
@@ -120,8 +125,8 @@ def test_every_subset_gets_the_gradients_of_the_whole(layout, relu, training, de
         leaves = [leaf(t, w) for t, w in zip(inputs, wanted, strict=True)]
         x, weight, bias, residual = leaves
         y = batch_norm_act(
-            x, case.running_mean.clone(), case.running_var.clone(), weight, bias, residual, training,
-            act="relu" if relu else None,
+            x, case.running_mean.clone(), case.running_var.clone(), weight, bias, residual,
+            training, act="relu" if relu else None,
         )  # fmt: skip
         assert y.requires_grad == any(wanted)
         if not any(wanted):

@@ -158,12 +158,13 @@ def test_func_grad_of_a_functional_call(training) -> None:
     results = []
     for model in nets():
         model.train(training)
+        # As arguments: a buffer that a transform captures may not be changed in place.
         buffers = {k: v.clone() for k, v in model.named_buffers()}
 
-        def loss(parameters: dict[str, Tensor], m=model, b=buffers) -> Tensor:
-            return functional_call(m, (parameters, b), (x,)).square().sum()
+        def loss(parameters: dict[str, Tensor], buffers: dict[str, Tensor], m=model) -> Tensor:
+            return functional_call(m, (parameters, buffers), (x,)).square().sum()
 
-        gradients = grad(loss)({k: v.detach() for k, v in model.named_parameters()})
+        gradients = grad(loss)({k: v.detach() for k, v in model.named_parameters()}, buffers)
         results.append((gradients, buffers))
     assert_close(*results)
 

@@ -26,7 +26,9 @@ if HAS_BIAS_OPTION:
     OPTIONS += [{"bias": False}, {"bias": False, "affine": False}]
 
 
-def pair(ndim: int, device: torch.device | str = "cpu", **options: object) -> tuple[nn.Module, nn.Module]:
+def pair(
+    ndim: int, device: torch.device | str = "cpu", **options: object
+) -> tuple[nn.Module, nn.Module]:
     """Ours and torch's, with the same parameters away from their initial values."""
     ours = getattr(bnext, f"BatchNorm{ndim}d")(5, device=device, **options)
     theirs = getattr(nn, f"BatchNorm{ndim}d")(5, device=device, **options)
@@ -41,7 +43,9 @@ def assert_same_state(ours: nn.Module, theirs: nn.Module) -> None:
     assert list(a) == list(b)
     for name in a:
         assert a[name].dtype == b[name].dtype, name
-        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            a[name], b[name], rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def options_id(options: dict[str, object]) -> str:
@@ -252,7 +256,11 @@ def test_reset_running_stats_and_parameters(device) -> None:
 
 
 def test_copy_on_write_inputs_stay_lazy(device) -> None:
-    case = [torch.randn(SHAPES[2], device=device), torch.rand(5, device=device), torch.rand(5, device=device)]
+    case = [
+        torch.randn(SHAPES[2], device=device),
+        torch.rand(5, device=device),
+        torch.rand(5, device=device),
+    ]
     lazy = [torch._lazy_clone(t) for t in case]
     bnext.functional.batch_norm(lazy[0], None, None, lazy[1], lazy[2], True)
     mean, var = torch.zeros(5, device=device), torch.ones(5, device=device)

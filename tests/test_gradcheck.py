@@ -7,12 +7,12 @@ pre-activation is near ReLU's kink.
 from itertools import product
 
 import pytest
-import reference
 import torch
-from cases import AFFINE, DTYPES, LAYOUTS, Case, make
 from torch import Tensor
 
+import reference
 from bnext.functional import batch_norm, batch_norm_act
+from cases import AFFINE, DTYPES, LAYOUTS, Case, make
 
 SMALL = {
     "nc": ((4, 2), torch.contiguous_format),
@@ -49,8 +49,8 @@ def check(case: Case, training: bool, relu: bool, wanted: tuple[bool, ...] = (Tr
             for t, want in zip(tensors, wanted, strict=True)
         )
         return batch_norm_act(
-            x, case.running_mean.clone(), case.running_var.clone(), weight, bias, residual, training,
-            act="relu" if relu else None,
+            x, case.running_mean.clone(), case.running_var.clone(), weight, bias, residual,
+            training, act="relu" if relu else None,
         )  # fmt: skip
 
     assert torch.autograd.gradcheck(function, inputs, fast_mode=False)

@@ -3,13 +3,13 @@
 import math
 
 import pytest
-import reference
 import torch
-from cases import DTYPES, dtype_id, make
 from torch import Tensor
 from torch.nn import functional as F
 
+import reference
 from bnext.functional import batch_norm, batch_norm_act
+from cases import DTYPES, dtype_id, make
 
 FORMATS = [torch.contiguous_format, torch.channels_last]
 FORMAT_IDS = ["nchw", "nhwc"]
@@ -174,6 +174,23 @@ def test_nan_passes_the_relu(training, device) -> None:
             # threshold_backward lets the gradient of a NaN pass.
             assert dx[0, 1, 0] != 0 and dx.isfinite().all()
             assert int(y.isnan().sum()) == 1
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_eval_gradient_does_not_depend_on_the_input(bad, device) -> None:
+    """With frozen statistics dx is dy times a number: 0 * inf must not enter it."""
+    for memory_format in FORMATS:
+        case = make((4, 3, 5, 5), memory_format, device=device)
+        clean = case.x.clone()
+        case.x[1, 2, 3, 4] = bad
+        grads = []
+        for x in (clean, case.x):
+            leaf = x.detach().requires_grad_()
+            weight = case.weight.detach().requires_grad_()
+            for inputs in ((leaf,), (leaf, weight)):
+                y = batch_norm(leaf, *case.stats, weight, case.bias)
+                grads.append(torch.autograd.grad(y, inputs, case.grad_out)[0])
+        assert all(torch.equal(g, grads[0]) for g in grads)
 
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])

