@@ -15,11 +15,12 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
-from bnext._autograd import BatchNormFunction, TransformedFunction, apply
-from bnext._ops import inference, train
+from bnext._autograd import BatchNormFunction, apply, traced_apply
+from bnext._ops import EAGER
 
 __all__ = ["BatchNormFunction", "batch_norm", "batch_norm_act"]
 
+train, inference, _ = EAGER
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _is_tracing: Callable[[], bool] = torch.jit.is_tracing
@@ -162,17 +163,20 @@ def normalize(
             or (running_mean is not None and running_mean.requires_grad)
         ):
             return apply(
-                input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
-                training, momentum, eps, relu,
+                input, weight, bias, residual,
+                (running_mean, running_var, num_batches_tracked, training, momentum, eps, relu),
             )  # fmt: skip
+        output: Tensor
         if training:
-            return train(
+            output = train(
                 input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
                 momentum, eps, relu, False,
             )[0]  # fmt: skip
-        return inference(
-            input, weight, bias, residual, running_mean, running_var, eps, relu, False
-        )[0]
+        else:
+            output = inference(
+                input, weight, bias, residual, running_mean, running_var, eps, relu, False
+            )[0]
+        return output
     except RuntimeError as error:
         if not isinstance(error, NotImplementedError):
             if input.dtype in _DTYPES:
@@ -215,17 +219,20 @@ def _check_values(
 
 def _detour(input: Tensor, training: bool) -> Callable[..., Tensor] | None:
     """How to run a call that is not an ordinary eager one; None for the ordinary way."""
+    if (
+        forward_ad._current_level >= 0
+        or _tracing_state() is not None
+        or type(input) not in _NATIVE_TYPES
+    ):
+        return compose
+    transformed = _transforms_active()
     if torch.compiler.is_compiling():
         # In eval the compiler folds and fuses ATen's batch norm; in training ours is faster.
-        return _compiled_train if training and type(input) in _NATIVE_TYPES else compose
-    if forward_ad._current_level >= 0 or _tracing_state() is not None:
-        return compose
-    if type(input) not in _NATIVE_TYPES:
-        return compose
-    if _transforms_active():
+        return _traced if training and not transformed else compose
+    if transformed:
         grad = torch._C._functorch.TransformType.Grad
         stack = torch._C._functorch.get_interpreter_stack() or []
-        return _transformed if all(level.key() == grad for level in stack) else compose
+        return _traced if all(level.key() == grad for level in stack) else compose
     return None
 
 
@@ -258,13 +265,9 @@ def compose(
     return F.relu(output) if relu else output
 
 
-def _compiled_train(*args: Any) -> Tensor:
-    _check_values(args[0], args[4], args[5], True, args[9])
-    output: Tensor = BatchNormFunction.apply(*args)  # type: ignore[no-untyped-call]
-    return output
-
-
-def _transformed(*args: Any) -> Tensor:
-    _check_values(args[0], args[4], args[5], args[7], args[9])
-    output: Tensor = TransformedFunction.apply(*args)[0]  # type: ignore[no-untyped-call]
-    return output
+def _traced(*args: Any) -> Tensor:
+    input, weight, bias, residual, running_mean, running_var, _, training, _, eps, _ = args
+    _check_values(input, running_mean, running_var, training, eps)
+    if residual is input:
+        residual = input.view_as(input)  # Dynamo takes no tensor twice
+    return traced_apply(input, weight, bias, residual, *args[4:])
