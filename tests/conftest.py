@@ -3,6 +3,9 @@
 import os
 from collections.abc import Iterator
 
+# Threads that spin between thousands of tiny operations starve whatever else the machine runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import hypothesis
 import pytest
 import torch

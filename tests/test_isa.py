@@ -37,6 +37,7 @@ from bnext.functional import batch_norm
 
 assert _C.cpu_device_info(1).isa == os.environ["BNEXT_CPU_CAPABILITY"]
 torch.manual_seed(0)
+torch.set_num_threads(1)  # another thread would run the same kernels
 SHAPES = [
     *LAYOUTS.values(),
     ((5, 7, 7, 7), torch.contiguous_format),
