@@ -1,7 +1,7 @@
 """The gradients of batch normalisation: what forward saves, and what backward makes of it.
 
-One set of functions holds the formulas, `_forward`, `_save` and `_backward`; two autograd functions
-call them, in the form that costs least and in the form that Dynamo and functorch ask for.
+Two autograd functions share one backward: `BatchNormFunction` is what eager calls, at the least
+cost; `_TracedFunction` has the form that Dynamo and functorch ask for.
 """
 
 from collections.abc import Callable
@@ -10,87 +10,139 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from bnext._ops import EAGER, TRACED, Ops
+from bnext._ops import EAGER, TRACED
 
 __all__ = ["BatchNormFunction", "apply", "traced_apply"]
 
 _Grads: TypeAlias = tuple[Tensor | None, ...]
 
 
-def _forward(
-    ops: Ops,
-    save_mask: bool,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: float | None,
-    eps: float,
-    relu: bool,
-) -> tuple[Any, ...]:
-    """Returns (output, save_stats, relu_mask)."""
-    outputs: tuple[Any, ...]
-    if (running_mean is not None and running_mean.requires_grad) or (
-        running_var is not None and running_var.requires_grad
-    ):
-        raise RuntimeError("batch norm has no gradients for running_mean and running_var")
-    if training:
-        outputs = ops.train(
-            input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
-            momentum, eps, relu, save_mask,
-        )  # fmt: skip
-        return outputs
-    output, relu_mask = ops.inference(
-        input, weight, bias, residual, running_mean, running_var, eps, relu, save_mask
-    )
-    return output, None, relu_mask
-
-
-def _save(
-    ctx: Any,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    save_stats: Tensor | None,
-    relu_mask: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    eps: float,
-    relu: bool,
-) -> None:
-    """Keep what `_backward` needs: never the output, nor in training the running statistics."""
-    if save_stats is not None:
-        running_mean = running_var = None
-    ctx.save_for_backward(input, weight, bias, relu_mask, save_stats, running_mean, running_var)
-    ctx.set_materialize_grads(False)
-    ctx.eps = eps
-    ctx.relu = relu
-
-
 def _backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
-    """Gradients of (input, weight, bias, residual): the paper's formulas (section 3), in one op."""
+    """Gradients by the formulas of the paper's section 3, in one op."""
     if grad_out is None:
-        return None, None, None, None
+        return None, None, None, None, None
     need_input, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
     relu = ctx.relu
     if not relu and not (need_input or need_weight or need_bias):
-        return None, None, None, grad_out
-    gradients: Callable[..., _Grads] = EAGER.backward
+        return None, None, None, grad_out, None
     if torch.compiler.is_dynamo_compiling():
         gradients = TRACED.backward
     elif torch.is_grad_enabled():
         gradients = _differentiable_backward
+    else:
+        gradients = EAGER.backward
     grad_input, grad_weight, grad_bias, grad_residual = gradients(
         grad_out, *ctx.saved_tensors, ctx.eps, relu,
         need_input, need_weight, need_bias, need_residual and relu,
     )  # fmt: skip
     if need_residual and not relu:
         grad_residual = grad_out
-    return grad_input, grad_weight, grad_bias, grad_residual
+    return grad_input, grad_weight, grad_bias, grad_residual, None
+
+
+class BatchNormFunction(torch.autograd.Function):
+    """Batch normalisation with gradients for (input, weight, bias, residual), as eager calls it.
+
+    ``rest`` is (running_mean, running_var, num_batches_tracked, training, momentum, eps, relu): the
+    fewer arguments, the cheaper the call, and ``forward`` taking the context costs a third of the
+    form with `setup_context`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        rest: tuple[Any, ...],
+    ) -> Tensor:
+        """Run the op and save for backward."""
+        output: Tensor
+        running_mean, running_var, num_batches_tracked, training, momentum, eps, relu = rest
+        if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
+            raise RuntimeError("batch norm has no gradients for running_mean and running_var")
+        if training:
+            output, save_stats, relu_mask = EAGER.train(
+                input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
+                momentum, eps, relu, True,
+            )  # fmt: skip
+            # Never the output, nor the running statistics: both may change before backward.
+            ctx.save_for_backward(input, weight, bias, relu_mask, save_stats, None, None)
+        else:
+            output, relu_mask = EAGER.inference(
+                input, weight, bias, residual, running_mean, running_var, eps, relu, True
+            )
+            ctx.save_for_backward(input, weight, bias, relu_mask, None, running_mean, running_var)
+        ctx.set_materialize_grads(False)
+        ctx.eps = eps
+        ctx.relu = relu
+        return output
+
+    backward = staticmethod(_backward)
+
+
+# Function.apply itself only looks for functorch: 3 of 12 us, and callers of this have looked.
+apply: Callable[..., Tensor] = super(torch.autograd.Function, BatchNormFunction).apply
+
+
+class _TracedFunction(torch.autograd.Function):
+    """`BatchNormFunction` in the form that Dynamo and functorch ask for."""
+
+    @staticmethod
+    def forward(
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        training: bool,
+        momentum: float | None,
+        eps: float,
+        relu: bool,
+    ) -> tuple[Tensor | None, ...]:
+        """Return (output, save_stats, relu_mask)."""
+        if training:
+            output, save_stats, relu_mask = TRACED.train(
+                input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
+                momentum, eps, relu, True,
+            )  # fmt: skip
+            return output, save_stats, relu_mask
+        output, relu_mask = TRACED.inference(
+            input, weight, bias, residual, running_mean, running_var, eps, relu, True
+        )
+        return output, None, relu_mask
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        """Save for backward."""
+        input, weight, bias, _, running_mean, running_var, _, training, _, eps, relu = inputs
+        _, save_stats, relu_mask = output
+        if training:
+            running_mean = running_var = None
+        ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
+        ctx.save_for_backward(input, weight, bias, relu_mask, save_stats, running_mean, running_var)
+        ctx.set_materialize_grads(False)
+        ctx.eps = eps
+        ctx.relu = relu
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> _Grads:
+        """Those of `BatchNormFunction`."""
+        return *_backward(ctx, grad_out), None, None, None, None, None, None
+
+
+def traced_apply(*args: Any) -> Tensor:
+    """Batch normalisation for Dynamo and functorch; the arguments of `_TracedFunction`."""
+    output: Tensor
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4])
+    if torch.compiler.is_compiling() and not wanted:
+        output = TRACED.train(*args[:7], *args[8:], False)[0]
+    else:  # a transform may want a gradient at another level than the one that shows
+        output = _TracedFunction.apply(*args)[0]  # type: ignore[no-untyped-call]
+    return output
 
 
 def _differentiable_backward(
@@ -147,69 +199,3 @@ def _differentiable_backward(
         param = weight if weight is not None else bias
         grad_bias = dy.sum(dims).to(acc_t if param is None else param.dtype)
     return grad_input, grad_weight, grad_bias, dy.to(input.dtype) if need_residual else None
-
-
-class BatchNormFunction(torch.autograd.Function):
-    """Batch normalisation with gradients for (input, weight, bias, residual), as eager calls it.
-
-    ``rest`` is the other arguments of `_forward`: the fewer arguments, the cheaper the call, and
-    ``forward`` taking the context costs a third of the form with `setup_context`.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        rest: tuple[Any, ...],
-    ) -> Tensor:
-        """Run the op and save for backward."""
-        output: Tensor
-        output, save_stats, relu_mask = _forward(EAGER, True, input, weight, bias, residual, *rest)
-        running_mean, running_var, _, _, _, eps, relu = rest
-        _save(ctx, input, weight, bias, save_stats, relu_mask, running_mean, running_var, eps, relu)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
-        """Return a gradient for each argument, where it was asked for."""
-        return *_backward(ctx, grad_out), None
-
-
-# Function.apply itself only looks for functorch: 3 of 12 us, and callers of this have looked.
-apply: Callable[..., Tensor] = super(torch.autograd.Function, BatchNormFunction).apply
-
-
-class _TracedFunction(torch.autograd.Function):
-    """`BatchNormFunction` in the form that Dynamo and functorch's transforms ask for."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Any, ...]:
-        """Run the op; also returns what is to be saved."""
-        return _forward(TRACED, True, *args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        """Save for backward."""
-        input, weight, bias, _, running_mean, running_var, _, _, _, eps, relu = inputs
-        _, save_stats, relu_mask = output
-        ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
-        _save(ctx, input, weight, bias, save_stats, relu_mask, running_mean, running_var, eps, relu)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> _Grads:
-        """Return a gradient for each argument, where it was asked for."""
-        return *_backward(ctx, grad_out), None, None, None, None, None, None, None
-
-
-def traced_apply(*args: Any) -> Tensor:
-    """Batch normalisation for Dynamo and functorch; the arguments are those of `_forward`."""
-    output: Tensor
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4])
-    if torch.compiler.is_compiling() and not wanted:
-        output = _forward(TRACED, False, *args)[0]
-    else:  # a transform may want a gradient at another level than the one that shows
-        output = _TracedFunction.apply(*args)[0]  # type: ignore[no-untyped-call]
-    return output

@@ -23,6 +23,7 @@ __all__ = ["BatchNormFunction", "batch_norm", "batch_norm_act"]
 train, inference, _ = EAGER
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
+_is_scripting: Callable[[], bool] = torch.jit.is_scripting
 _is_tracing: Callable[[], bool] = torch.jit.is_tracing
 _tracing_state = torch._C._get_tracing_state
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -103,7 +104,7 @@ def batch_norm_act(
         >>> x, shortcut = torch.randn(2, 8, 16, 8, 8)
         >>> y = bnext.functional.batch_norm_act(x, None, None, residual=shortcut, training=True)
     """
-    if torch.jit.is_scripting():
+    if _is_scripting():
         return compose(
             input, weight, bias, residual, running_mean, running_var, None,
             training, momentum, eps, act is not None,
@@ -152,7 +153,12 @@ def normalize(
                 input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
                 training, momentum, eps, relu,
             )  # fmt: skip
-    if (training and len(input) == 1) or eps <= 0.0 or running_mean is None or running_var is None:
+    if (
+        (training and input.shape[0] == 1)
+        or eps <= 0.0
+        or running_mean is None
+        or running_var is None
+    ):
         _check_values(input, running_mean, running_var, training, eps)
     try:
         if _is_grad_enabled() and (
