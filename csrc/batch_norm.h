@@ -41,8 +41,8 @@ struct Problem {
   bool operator==(const Problem&) const = default;
 };
 
-// The same memory, described so that kernels see long runs: one channel is one row, and rows of a single
-// element are columns.
+// The same memory, described so that kernels see long runs: one channel is one row, and rows of a
+// single element are columns.
 constexpr Problem canonical(Problem p) {
   if (p.c == 1) {
     p.hw *= p.n;
@@ -54,7 +54,8 @@ constexpr Problem canonical(Problem p) {
   return p;
 }
 
-// A per-channel vector whose dtype is only known at run time; null data where the argument is absent.
+// A per-channel vector whose dtype is only known at run time; null data where the argument is
+// absent.
 template <class Void>
 struct Vector {
   Void* data = nullptr;
@@ -68,15 +69,15 @@ using ParamOut = Vector<void>;
 
 struct ForwardArgs {
   const void* input;
-  const void* residual;             // null: none
+  const void* residual;  // null: none
   void* output;
-  uint8_t* relu_mask;               // null: not saved
+  uint8_t* relu_mask;  // null: not saved
   ParamIn weight, bias;
   ParamIn frozen_mean, frozen_var;     // eval: the running statistics
   ParamOut running_mean, running_var;  // training: updated, where given
-  int64_t* num_batches_tracked;     // null: none
-  double* save_stats;               // [2, C]: mean, then 1 / sqrt(var + eps)
-  double momentum;                  // NaN: cumulative average
+  int64_t* num_batches_tracked;        // null: none
+  double* save_stats;                  // [2, C]: mean, then 1 / sqrt(var + eps)
+  double momentum;                     // NaN: cumulative average
   double eps;
 };
 
@@ -85,9 +86,9 @@ struct BackwardArgs {
   const void* input;
   const uint8_t* relu_mask;  // null: the sign is recomputed from input
   ParamIn weight, bias;
-  const double* save_stats;           // batch statistics; null: frozen ones, from
+  const double* save_stats;  // batch statistics; null: frozen ones, from
   ParamIn running_mean, running_var;
-  void* grad_input;     // null: not asked for, as below
+  void* grad_input;  // null: not asked for, as below
   void* grad_residual;
   ParamOut grad_weight, grad_bias;
   double eps;

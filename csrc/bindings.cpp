@@ -1,5 +1,5 @@
-// The pybind11 module bnext._C: what was built, what this machine has, and the plan, for introspection and
-// tests. Loading it registers the ops. Includes no torch beyond its version.
+// The pybind11 module bnext._C: what was built, what this machine has, and the plan, for
+// introspection and tests. Loading it registers the ops. Includes no torch beyond its version.
 #include <pybind11/operators.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -16,7 +16,8 @@ namespace bnext {
 namespace {
 
 template <class E>
-E parse(const char* what, const std::string& name, std::initializer_list<std::pair<const char*, E>> values) {
+E parse(const char* what, const std::string& name,
+        std::initializer_list<std::pair<const char*, E>> values) {
   std::string expected;
   for (const auto& [text, value] : values) {
     if (name == text) return value;
@@ -27,14 +28,18 @@ E parse(const char* what, const std::string& name, std::initializer_list<std::pa
 
 DType parse_dtype(const std::string& name) {
   return parse<DType>("dtype", name,
-                      {{"float32", DType::kFloat32}, {"float64", DType::kFloat64},
-                       {"bfloat16", DType::kBFloat16}, {"float16", DType::kFloat16}});
+                      {{"float32", DType::kFloat32},
+                       {"float64", DType::kFloat64},
+                       {"bfloat16", DType::kBFloat16},
+                       {"float16", DType::kFloat16}});
 }
 
 Stage parse_stage(const std::string& name) {
   return parse<Stage>("stage", name,
-                      {{"train_forward", Stage::kTrainForward}, {"eval_forward", Stage::kEvalForward},
-                       {"train_backward", Stage::kTrainBackward}, {"eval_backward", Stage::kEvalBackward}});
+                      {{"train_forward", Stage::kTrainForward},
+                       {"eval_forward", Stage::kEvalForward},
+                       {"train_backward", Stage::kTrainBackward},
+                       {"eval_backward", Stage::kEvalBackward}});
 }
 
 Isa parse_isa(const std::string& name) {
@@ -45,8 +50,9 @@ Isa parse_isa(const std::string& name) {
 CpuPlan plan(int64_t n, int64_t c, int64_t hw, bool channels_last, const std::string& dtype,
              const std::string& stage, bool relu, bool residual, const CpuInfo& device) {
   if (n < 1 || c < 1 || hw < 1) throw py::value_error("n, c, hw: expected at least 1");
-  return plan_cpu(canonical({parse_stage(stage), n, c, hw, channels_last, parse_dtype(dtype), relu, residual}),
-                  device);
+  return plan_cpu(
+      canonical({parse_stage(stage), n, c, hw, channels_last, parse_dtype(dtype), relu, residual}),
+      device);
 }
 
 py::dict build_info() {
@@ -70,14 +76,16 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "bnext's compiled part; its ops are torch.ops.bnext";
   m.def("build_info", &build_info);
   m.def("cpu_device_info", &cpu_info, py::arg("threads"));
-  m.def("plan", &plan, py::arg("n"), py::arg("c"), py::arg("hw"), py::arg("channels_last"), py::arg("dtype"),
-        py::arg("stage"), py::arg("relu"), py::arg("residual"), py::arg("device"));
+  m.def("plan", &plan, py::arg("n"), py::arg("c"), py::arg("hw"), py::arg("channels_last"),
+        py::arg("dtype"), py::arg("stage"), py::arg("relu"), py::arg("residual"),
+        py::arg("device"));
 
   py::class_<CpuInfo>(m, "DeviceInfo")
       .def(py::init([](const std::string& isa, int threads, int64_t l1, int64_t l2, int64_t l3) {
              return CpuInfo{parse_isa(isa), threads, l1, l2, l3};
            }),
-           py::arg("isa"), py::arg("threads"), py::arg("l1_bytes"), py::arg("l2_bytes"), py::arg("l3_bytes"))
+           py::arg("isa"), py::arg("threads"), py::arg("l1_bytes"), py::arg("l2_bytes"),
+           py::arg("l3_bytes"))
       .def_property_readonly("isa", [](const CpuInfo& i) { return to_string(i.isa); })
       .def_readonly("threads", &CpuInfo::threads)
       .def_readonly("l1_bytes", &CpuInfo::l1_bytes)

@@ -1,6 +1,6 @@
-// From tensors to a Problem: every validation of an op's arguments and its message, the recognition of
-// memory formats, and allocation. Nothing is written before the last check has passed.
-// Includes the LibTorch stable ABI; used by the op files of every backend.
+// From tensors to a Problem: every validation of an op's arguments and its message, the recognition
+// of memory formats, and allocation. Nothing is written before the last check has passed. Includes
+// the LibTorch stable ABI; used by the op files of every backend.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -26,12 +26,12 @@ using Sizes = std::vector<int64_t>;
 
 #define BNEXT_CHECK(condition, ...) STD_TORCH_CHECK(condition, "bnext: ", __VA_ARGS__)
 
-// Calls a shim function and keeps the text of its error, which torch's own macro drops below 2.13: a user
-// must be able to read that memory ran out.
-#define BNEXT_SHIM(call)                                                                            \
-  BNEXT_CHECK((call) == AOTI_TORCH_SUCCESS,                                                         \
-              torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace() \
-                                                         : #call " failed (out of memory?)")
+// Calls a shim function and keeps the text of its error, which torch's own macro drops below 2.13:
+// a user must be able to read that memory ran out.
+#define BNEXT_SHIM(call)                                                                       \
+  BNEXT_CHECK((call) == AOTI_TORCH_SUCCESS, torch_exception_get_what_without_backtrace         \
+                                                ? torch_exception_get_what_without_backtrace() \
+                                                : #call " failed (out of memory?)")
 
 inline std::string shape_string(const Tensor& t) {
   std::string s = "[";
@@ -41,27 +41,43 @@ inline std::string shape_string(const Tensor& t) {
 
 inline const char* dtype_name(ScalarType t) {
   switch (t) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Half: return "float16";
-    case ScalarType::Long: return "int64";
-    case ScalarType::Int: return "int32";
-    case ScalarType::Byte: return "uint8";
-    case ScalarType::Bool: return "bool";
-    case ScalarType::ComplexFloat: return "complex64";
-    case ScalarType::ComplexDouble: return "complex128";
-    default: return "another dtype";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    default:
+      return "another dtype";
   }
 }
 
 inline DType check_dtype(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    case ScalarType::Half: return DType::kFloat16;
-    default: break;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      break;
   }
   BNEXT_CHECK(false, name, ": expected float32, float64, bfloat16 or float16, got ",
               dtype_name(t.scalar_type()));
@@ -75,8 +91,8 @@ inline void check_device(const char* name, const Tensor& t, const Tensor& input)
               ": expected to be on the same device as input, but it is on another");
 }
 
-// torch's suggest_memory_format for 4-d and 5-d tensors: channels last iff strides fall in the order
-// C, W, H, (D,) N; ambiguous strides are contiguous. (c10/core/MemoryFormat.h)
+// torch's suggest_memory_format for 4-d and 5-d tensors: channels last iff strides fall in the
+// order C, W, H, (D,) N; ambiguous strides are contiguous. (c10/core/MemoryFormat.h)
 inline bool suggests_channels_last(const Tensor& t) {
   const int64_t dim = t.dim();
   if (dim != 4 && dim != 5) return false;
@@ -127,8 +143,8 @@ inline Tensor allocate(const Tensor& t, const Sizes& sizes, const Sizes& strides
   AtenTensorHandle handle;
   BNEXT_SHIM(aoti_torch_get_device_type(t.get(), &device_type));
   BNEXT_SHIM(aoti_torch_get_device_index(t.get(), &device_index));
-  BNEXT_SHIM(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                      dtype, device_type, device_index, &handle));
+  BNEXT_SHIM(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                      strides.data(), dtype, device_type, device_index, &handle));
   return Tensor(handle);
 }
 
@@ -140,7 +156,8 @@ inline int32_t dtype_code(const Tensor& t) {
 
 inline Tensor allocate_like(const Tensor& t, bool channels_last) {
   const auto sizes = t.sizes();
-  return allocate(t, Sizes(sizes.begin(), sizes.end()), dense_strides(t, channels_last), dtype_code(t));
+  return allocate(t, Sizes(sizes.begin(), sizes.end()), dense_strides(t, channels_last),
+                  dtype_code(t));
 }
 
 // One value per channel, in param's dtype.
@@ -158,8 +175,8 @@ inline Tensor allocate_mask(const Tensor& input, const Problem& p) {
                   aoti_torch_dtype_uint8());
 }
 
-// The input of an op and the problem it poses. `channels_last` is the tensors' memory format; the problem's
-// may differ where both describe the same memory.
+// The input of an op and the problem it poses. `channels_last` is the tensors' memory format; the
+// problem's may differ where both describe the same memory.
 struct Input {
   Tensor tensor;  // dense
   bool channels_last;
@@ -179,13 +196,15 @@ inline Input check_input(const Tensor& input, Stage stage, bool relu, bool resid
 }
 
 // A tensor with input's shape and dtype, made dense in input's memory format.
-inline Tensor check_like_input(const char* name, const Tensor& t, const Tensor& input, bool channels_last) {
+inline Tensor check_like_input(const char* name, const Tensor& t, const Tensor& input,
+                               bool channels_last) {
   check_device(name, t, input);
   BNEXT_CHECK(t.scalar_type() == input.scalar_type(), name, ": expected input's dtype ",
               dtype_name(input.scalar_type()), ", got ", dtype_name(t.scalar_type()));
   bool same = t.dim() == input.dim();
   for (int64_t d = 0; same && d < t.dim(); ++d) same = t.sizes()[d] == input.sizes()[d];
-  BNEXT_CHECK(same, name, ": expected input's shape ", shape_string(input), ", got ", shape_string(t));
+  BNEXT_CHECK(same, name, ": expected input's shape ", shape_string(input), ", got ",
+              shape_string(t));
   return as_dense(t, channels_last);
 }
 
@@ -197,8 +216,9 @@ inline void check_param(const char* name, const Tensor& t, const Tensor& input) 
   const DType dtype = check_dtype(name, t);
   const bool half = element_size(check_dtype("input", input)) == 2;
   BNEXT_CHECK(t.scalar_type() == input.scalar_type() || (half && dtype == DType::kFloat32), name,
-              ": expected dtype ", dtype_name(input.scalar_type()), half ? " or float32" : "", " for ",
-              dtype_name(input.scalar_type()), " input, got ", dtype_name(t.scalar_type()));
+              ": expected dtype ", dtype_name(input.scalar_type()), half ? " or float32" : "",
+              " for ", dtype_name(input.scalar_type()), " input, got ",
+              dtype_name(t.scalar_type()));
 }
 
 inline ParamIn check_param_in(const char* name, const OptionalTensor& t, const Tensor& input) {
@@ -207,7 +227,8 @@ inline ParamIn check_param_in(const char* name, const OptionalTensor& t, const T
   return {t->const_data_ptr(), t->strides()[0], check_dtype(name, *t)};
 }
 
-// Checked now; its memory is only asked for (which may copy a copy-on-write tensor) once all checks passed.
+// Checked now; its memory is only asked for (which may copy a copy-on-write tensor) once all checks
+// passed.
 inline ParamOut mutable_param(const OptionalTensor& t) {
   if (!t) return {};
   return {t->mutable_data_ptr(), t->strides()[0], check_dtype("", *t)};
@@ -217,8 +238,8 @@ inline void check_counter(const OptionalTensor& t, const Tensor& input) {
   if (!t) return;
   check_device("num_batches_tracked", *t, input);
   BNEXT_CHECK(t->scalar_type() == ScalarType::Long && t->numel() == 1,
-              "num_batches_tracked: expected one int64 value, got ", dtype_name(t->scalar_type()), " ",
-              shape_string(*t));
+              "num_batches_tracked: expected one int64 value, got ", dtype_name(t->scalar_type()),
+              " ", shape_string(*t));
 }
 
 inline const uint8_t* check_mask(const OptionalTensor& t, const Tensor& input, const Problem& p) {
@@ -226,8 +247,8 @@ inline const uint8_t* check_mask(const OptionalTensor& t, const Tensor& input, c
   check_device("relu_mask", *t, input);
   BNEXT_CHECK(t->scalar_type() == ScalarType::Byte && t->is_contiguous() &&
                   t->numel() == p.mask_rows() * p.mask_row_bytes(),
-              "relu_mask: expected contiguous uint8 [", p.mask_rows(), ", ", p.mask_row_bytes(), "], got ",
-              dtype_name(t->scalar_type()), " ", shape_string(*t));
+              "relu_mask: expected contiguous uint8 [", p.mask_rows(), ", ", p.mask_row_bytes(),
+              "], got ", dtype_name(t->scalar_type()), " ", shape_string(*t));
   return static_cast<const uint8_t*>(t->const_data_ptr());
 }
 
@@ -237,8 +258,8 @@ inline const double* check_save_stats(const OptionalTensor& t, const Tensor& inp
   const int64_t c = input.sizes()[1];
   BNEXT_CHECK(t->scalar_type() == ScalarType::Double && t->is_contiguous() && t->dim() == 2 &&
                   t->sizes()[0] == 2 && t->sizes()[1] == c,
-              "save_stats: expected contiguous float64 [2, ", c, "], got ", dtype_name(t->scalar_type()),
-              " ", shape_string(*t));
+              "save_stats: expected contiguous float64 [2, ", c, "], got ",
+              dtype_name(t->scalar_type()), " ", shape_string(*t));
   return static_cast<const double*>(t->const_data_ptr());
 }
 

@@ -1,6 +1,6 @@
-// The per-element arithmetic of batch norm, for host scalars, host vectors and device scalars: every
-// kernel, forward or backward, goes through these, so that a recomputed ReLU sign is bit-identical.
-// Includes welford.h for BNEXT_HD only.
+// The per-element arithmetic of batch norm, for host scalars, host vectors and device scalars:
+// every kernel, forward or backward, goes through these, so that a recomputed ReLU sign is
+// bit-identical. Includes welford.h for BNEXT_HD only.
 #pragma once
 
 #include "welford.h"
@@ -8,8 +8,9 @@
 namespace bnext {
 
 // z = (x - mean) * scale + shift. T is the compute type (float, double or a vector of them).
-// The mean is split: `mean` is rounded to T, so x - mean is exact near the mean, and its rounding error is
-// folded into shift. A large mean costs no accuracy and a constant channel gives exactly the bias.
+// The mean is split: `mean` is rounded to T, so x - mean is exact near the mean, and its rounding
+// error is folded into shift. A large mean costs no accuracy and a constant channel gives exactly
+// the bias.
 template <class T>
 struct Affine {
   T mean, scale, shift;
@@ -28,8 +29,8 @@ BNEXT_HD inline T apply(const Affine<T>& a, const T& x) {
   return fma(x - a.mean, a.scale, a.shift);
 }
 
-// dx = a * dy + b * ((x - mean) * invstd) + c, the gradient of Ioffe & Szegedy (2015), section 3, with the
-// two means gathered into b and c. Frozen statistics: b = c = 0.
+// dx = a * dy + b * ((x - mean) * invstd) + c, the gradient of Ioffe & Szegedy (2015), section 3,
+// with the two means gathered into b and c. Frozen statistics: b = c = 0.
 template <class T>
 struct InputGrad {
   T mean, invstd, a, b, c;

@@ -13,7 +13,8 @@ STABLE_TORCH_LIBRARY(bnext, m) {
       "-> (Tensor output, Tensor relu_mask)");
   m.def(
       "batch_norm_backward(Tensor grad_out, Tensor input, Tensor? weight, Tensor? bias, "
-      "Tensor? relu_mask, Tensor? save_stats, Tensor? running_mean, Tensor? running_var, float eps, "
+      "Tensor? relu_mask, Tensor? save_stats, Tensor? running_mean, Tensor? running_var, float "
+      "eps, "
       "bool relu, bool need_input, bool need_weight, bool need_bias, bool need_residual) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
 }

@@ -1,9 +1,8 @@
-// The CPU plan and its thresholds. Measurements beside them: AMD EPYC (Zen 5), 2 cores, 48 KiB L1d, 1 MiB
-// L2, 32 MiB L3; see benchmarks/results/.
+// The CPU plan and its thresholds. Measurements beside them: AMD EPYC (Zen 5), 2 cores, 48 KiB L1d,
+// 1 MiB L2, 32 MiB L3; see benchmarks/results/.
 #include "plan.h"
 
 #include <algorithm>
-#include <numeric>
 #include <sstream>
 
 namespace bnext {
@@ -12,7 +11,7 @@ namespace {
 // Two passes over a chunk of each operand stay in a 32 KiB L1 with room for the next chunk's lines.
 constexpr int64_t kChunkElements = 4096;
 // Columns are taken this many at a time: the lanes whose sums a kernel keeps in registers.
-constexpr int64_t kTileLanes = 32;
+constexpr int64_t kTileLanes = 64;
 // Below this, a run of adjacent elements fills too few vectors and is taken as columns.
 constexpr int64_t kMinRowWidth = 16;
 // Partial results per call, over all lanes: 16 B each, far below any L2.
@@ -21,16 +20,19 @@ constexpr int64_t kMaxSlices = 256;
 // A resident task aims at this much memory: enough to stream, small enough to balance threads.
 constexpr int64_t kTaskBytes = 256 * 1024;
 constexpr int64_t kTasksPerThread = 4;
-constexpr int64_t kCacheLine = 64;
-constexpr int64_t kVectorLanes = 8;
+constexpr int64_t kVectorLanes = 16;
 // Fewer elements are not worth waking a thread for (ATen's grain).
 constexpr int64_t kMinThreadElements = 32768;
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+constexpr int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
 
-// Bytes of a slab that stays cached from a thread's first pass to its second: its own L2, or its share of
-// half the L3 (the other half is left to outputs and other threads).
+// Bytes of a slab that stays cached from a thread's first pass to its second: its own L2, or its
+// share of half the L3 (the other half is left to outputs and other threads).
 int64_t resident_bytes(const CpuInfo& cpu) {
   return std::max(cpu.l2_bytes, cpu.l3_bytes / 2 / std::max(cpu.threads, 1));
 }
@@ -51,45 +53,52 @@ CpuPlan plan_cpu(const Problem& p, const CpuInfo& cpu) {
   plan.width = columns ? 1 : p.hw;
 
   plan.segments = columns ? 1 : ceil_div(p.hw, kChunkElements);
-  plan.segment_width = round_up(ceil_div(plan.width, plan.segments), plan.segments > 1 ? kTileLanes : 1);
+  plan.segment_width =
+      round_up(ceil_div(plan.width, plan.segments), plan.segments > 1 ? kTileLanes : 1);
   plan.chunk_rows = std::max<int64_t>(1, kChunkElements / (columns ? kTileLanes : plan.width));
   plan.chunks = ceil_div(plan.rows, plan.chunk_rows) * plan.segments;
-  plan.slices = std::min(plan.chunks, std::clamp<int64_t>(kMaxPartials / plan.lanes, 1, kMaxSlices));
+  plan.slices =
+      std::min(plan.chunks, std::clamp<int64_t>(kMaxPartials / plan.lanes, 1, kMaxSlices));
 
   const int64_t element_bytes = element_size(p.dtype);
   const int64_t operands = is_backward(p.stage) ? 2 : 1;  // tensors that both passes read
   const int64_t lane_bytes = plan.rows * plan.width * element_bytes * operands;
-  // A resident task takes whole channels, and whole cache lines of columns.
-  const int64_t unit = columns ? std::lcm(plan.lanes_per_channel, kCacheLine / element_bytes) : 1;
-  const int64_t min_block = std::min(plan.lanes, unit);
-  const bool fits = lane_bytes * min_block <= resident_bytes(cpu);
-  const bool feeds_threads = ceil_div(plan.lanes, min_block) >= cpu.threads;
-  plan.family = !is_training(p.stage)    ? Family::kElementwise
-                : fits && feeds_threads ? Family::kResident
-                                        : Family::kStreaming;
+  // Columns stream: a slab of some columns is scattered over all rows, and reading it once took 1.6
+  // times as long as reading whole rows twice (ResNet-50's shapes, N = 32, float32: 3.1 copies
+  // against 1.9).
+  const bool resident = !columns && p.c >= cpu.threads && lane_bytes <= resident_bytes(cpu);
+  plan.family = !is_training(p.stage) ? Family::kElementwise
+                : resident            ? Family::kResident
+                                      : Family::kStreaming;
   if (plan.family == Family::kResident) {
-    const int64_t blocks = std::max<int64_t>(
-        {1, kTasksPerThread * cpu.threads, lane_bytes * plan.lanes / kTaskBytes});
-    plan.block = std::min(plan.lanes, round_up(ceil_div(plan.lanes, blocks), unit));
+    const int64_t blocks =
+        std::max<int64_t>({1, kTasksPerThread * cpu.threads, lane_bytes * plan.lanes / kTaskBytes});
+    plan.block = ceil_div(plan.lanes, blocks);
     plan.tasks = ceil_div(plan.lanes, plan.block);
   } else {
     const int64_t blocks = ceil_div(kTasksPerThread * cpu.threads, plan.slices);
-    plan.block = std::min(plan.lanes, round_up(ceil_div(plan.lanes, blocks), columns ? kTileLanes : 1));
+    plan.block =
+        std::min(plan.lanes, round_up(ceil_div(plan.lanes, blocks), columns ? kTileLanes : 1));
     plan.tasks = ceil_div(plan.lanes, plan.block) * plan.slices;
   }
-  plan.grain = std::max<int64_t>(1, kMinThreadElements / std::max<int64_t>(1, p.numel() / plan.tasks));
+  plan.grain =
+      std::max<int64_t>(1, kMinThreadElements / std::max<int64_t>(1, p.numel() / plan.tasks));
 
-  // A non-temporal store saves reading the line first, but evicts what the next layer wants to read:
-  // taken where the output would not have stayed in the L3 anyway.
+  // A non-temporal store saves reading the line first, but evicts what the next layer wants to
+  // read: taken where input and output together outgrow the L3, so that the output would not have
+  // stayed there.
   const int64_t run = columns ? plan.lanes : p.hw;
-  plan.nontemporal_stores = run % kVectorLanes == 0 && plan.lanes_per_channel == 1 && p.bytes() > cpu.l3_bytes;
+  plan.nontemporal_stores =
+      run % kVectorLanes == 0 && plan.lanes_per_channel == 1 && 2 * p.bytes() > cpu.l3_bytes;
 
   const int64_t e = p.bytes();
   const bool reads_input = p.need_params || p.relu || is_training(p.stage);
   const int64_t reads = is_backward(p.stage) && reads_input ? 2 * e : e;
   const int64_t writes = p.need_input ? e : 0;
-  plan.bytes_floor = reads + writes + (p.residual ? e : 0) + (masked ? p.mask_rows() * p.mask_row_bytes() : 0);
-  plan.bytes_moved = plan.bytes_floor + (plan.family == Family::kStreaming ? reads : 0);
+  plan.bytes_floor =
+      reads + writes + (p.residual ? e : 0) + (masked ? p.mask_rows() * p.mask_row_bytes() : 0);
+  plan.bytes_moved = plan.bytes_floor +
+                     (plan.family == Family::kStreaming && reads > cpu.l3_bytes / 2 ? reads : 0);
   return plan;
 }
 
@@ -103,7 +112,9 @@ std::string to_string(Family family) {
                                         : "elementwise";
 }
 
-std::string to_string(IndexMap map) { return map == IndexMap::kRows ? "rows" : "columns"; }
+std::string to_string(IndexMap map) {
+  return map == IndexMap::kRows ? "rows" : "columns";
+}
 
 std::string to_string(const CpuPlan& p) {
   std::ostringstream out;

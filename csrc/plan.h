@@ -1,5 +1,6 @@
-// The plan: which kernel family runs a problem on a device, and how the work is cut. Pure functions of
-// (Problem, device): no torch, no CUDA, no allocation. Every threshold of the project lives in plan.cpp.
+// The plan: which kernel family runs a problem on a device, and how the work is cut. Pure functions
+// of (Problem, device): no torch, no CUDA, no allocation. Every threshold of the project lives in
+// plan.cpp.
 #pragma once
 
 #include <cstdint>
@@ -29,9 +30,9 @@ enum class IndexMap : uint8_t {
   kColumns,  // a lane is a column: adjacent lanes are adjacent in memory, reduced down the rows
 };
 
-// The reduction of a lane is cut into chunks (small enough for two passes in L1), and the chunks into
-// slices that threads may reduce separately. Both depend on the problem alone, so that the result is the
-// same whatever the family and the number of threads.
+// The reduction of a lane is cut into chunks (small enough for two passes in L1), and the chunks
+// into slices that threads may reduce separately. Both depend on the problem alone, so that the
+// result is the same whatever the family and the number of threads.
 struct CpuPlan {
   Isa isa;
   Family family;
@@ -44,13 +45,14 @@ struct CpuPlan {
   int64_t segments;           // pieces a long row is cut into
   int64_t segment_width;
   int64_t chunk_rows;
-  int64_t chunks;             // per lane
-  int64_t slices;             // per lane
-  int64_t block;              // lanes per task
-  int64_t tasks;              // of one pass, over all threads
-  int64_t grain;              // tasks a thread takes at least
+  int64_t chunks;  // per lane
+  int64_t slices;  // per lane
+  int64_t block;   // lanes per task
+  int64_t tasks;   // of one pass, over all threads
+  int64_t grain;   // tasks a thread takes at least
   bool nontemporal_stores;
-  int64_t bytes_moved, bytes_floor;
+  int64_t bytes_moved,
+      bytes_floor;  // between memory and caches; second reads that hit the L3 not counted
 
   bool operator==(const CpuPlan&) const = default;
 };

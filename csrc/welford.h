@@ -1,5 +1,5 @@
-// Moments of a set of values and how two sets join (Chan, Golub & LeVeque 1979), for host and device.
-// Includes nothing.
+// Moments of a set of values and how two sets join (Chan, Golub & LeVeque 1979), for host and
+// device. Includes nothing.
 #pragma once
 
 #ifdef __CUDACC__

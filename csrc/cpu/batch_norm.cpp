@@ -29,18 +29,20 @@ CpuPlan plan_here(const Problem& problem) {
   return plan_cpu(problem, cpu_info(static_cast<int>(torch::stable::get_num_threads())));
 }
 
-// An output of the op, in huge pages where it is large: faulting in 4 KiB pages costs more than the kernel.
+// An output of the op, in huge pages where it is large: faulting in 4 KiB pages costs more than the
+// kernel.
 Tensor allocate_output(const Tensor& input, bool channels_last) {
   Tensor output = allocate_like(input, channels_last);
-  advise_huge_pages(output.data_ptr(), output.numel() * static_cast<int64_t>(output.element_size()));
+  advise_huge_pages(output.data_ptr(),
+                    output.numel() * static_cast<int64_t>(output.element_size()));
   return output;
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
     const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& residual, const OptionalTensor& running_mean, const OptionalTensor& running_var,
-    const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps, bool relu,
-    bool save_mask) {
+    const OptionalTensor& residual, const OptionalTensor& running_mean,
+    const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
+    std::optional<double> momentum, double eps, bool relu, bool save_mask) {
   const auto [x, channels_last, problem] =
       check_input(input, Stage::kTrainForward, relu, residual.has_value());
   ForwardArgs args{};
@@ -50,7 +52,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
   if (running_var) check_param("running_var", *running_var, x);
   check_counter(num_batches_tracked, x);
   const OptionalTensor z =
-      residual ? OptionalTensor(check_like_input("residual", *residual, x, channels_last)) : std::nullopt;
+      residual ? OptionalTensor(check_like_input("residual", *residual, x, channels_last))
+               : std::nullopt;
 
   Tensor output = allocate_output(x, channels_last), save_stats = allocate_save_stats(x);
   const bool masked = relu && residual && save_mask;
@@ -62,8 +65,9 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
   args.save_stats = static_cast<double*>(save_stats.mutable_data_ptr());
   args.momentum = momentum.value_or(std::numeric_limits<double>::quiet_NaN());
   args.eps = eps;
-  args.num_batches_tracked =
-      num_batches_tracked ? static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr()) : nullptr;
+  args.num_batches_tracked = num_batches_tracked
+                                 ? static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr())
+                                 : nullptr;
   if (problem.numel() == 0) {  // as torch: counted, but nothing to learn from
     if (args.num_batches_tracked) ++*args.num_batches_tracked;
     std::fill_n(args.save_stats, 2 * problem.c, 0.0);
@@ -76,9 +80,11 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
 }
 
 std::tuple<Tensor, Tensor> batch_norm_inference(const Tensor& input, const OptionalTensor& weight,
-                                                const OptionalTensor& bias, const OptionalTensor& residual,
-                                                const Tensor& running_mean, const Tensor& running_var,
-                                                double eps, bool relu, bool save_mask) {
+                                                const OptionalTensor& bias,
+                                                const OptionalTensor& residual,
+                                                const Tensor& running_mean,
+                                                const Tensor& running_var, double eps, bool relu,
+                                                bool save_mask) {
   const auto [x, channels_last, problem] =
       check_input(input, Stage::kEvalForward, relu, residual.has_value());
   ForwardArgs args{};
@@ -87,7 +93,8 @@ std::tuple<Tensor, Tensor> batch_norm_inference(const Tensor& input, const Optio
   args.frozen_mean = check_param_in("running_mean", running_mean, x);
   args.frozen_var = check_param_in("running_var", running_var, x);
   const OptionalTensor z =
-      residual ? OptionalTensor(check_like_input("residual", *residual, x, channels_last)) : std::nullopt;
+      residual ? OptionalTensor(check_like_input("residual", *residual, x, channels_last))
+               : std::nullopt;
 
   Tensor output = allocate_output(x, channels_last);
   const bool masked = relu && residual && save_mask;
@@ -103,10 +110,10 @@ std::tuple<Tensor, Tensor> batch_norm_inference(const Tensor& input, const Optio
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
-    const Tensor& grad_out, const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-    const OptionalTensor& relu_mask, const OptionalTensor& save_stats, const OptionalTensor& running_mean,
-    const OptionalTensor& running_var, double eps, bool relu, bool need_input, bool need_weight,
-    bool need_bias, bool need_residual) {
+    const Tensor& grad_out, const Tensor& input, const OptionalTensor& weight,
+    const OptionalTensor& bias, const OptionalTensor& relu_mask, const OptionalTensor& save_stats,
+    const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps, bool relu,
+    bool need_input, bool need_weight, bool need_bias, bool need_residual) {
   const Stage stage = save_stats ? Stage::kTrainBackward : Stage::kEvalBackward;
   auto [x, channels_last, problem] = check_input(input, stage, relu, relu_mask.has_value());
   problem.need_input = need_input;
@@ -123,7 +130,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   args.running_var = check_param_in("running_var", running_var, x);
   BNEXT_CHECK((weight || !need_weight) && (bias || !need_bias),
               "weight, bias: expected where their gradients are asked for");
-  BNEXT_CHECK(!need_residual || relu_mask, "relu_mask: expected where the residual's gradient is asked for");
+  BNEXT_CHECK(!need_residual || relu_mask,
+              "relu_mask: expected where the residual's gradient is asked for");
 
   Tensor grad_input = need_input ? allocate_output(x, channels_last) : Tensor();
   Tensor grad_residual = need_residual ? allocate_output(x, channels_last) : Tensor();
@@ -140,7 +148,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
   if (problem.numel() > 0)
     with_schedule(plan_here(problem), problem, [&](auto schedule) { schedule.backward(args); });
   else
-    for (int64_t c = 0; c < problem.c; ++c) write(args.grad_weight, c, 0), write(args.grad_bias, c, 0);
+    for (int64_t c = 0; c < problem.c; ++c)
+      write(args.grad_weight, c, 0), write(args.grad_bias, c, 0);
   return {grad_input, grad_weight.value_or(Tensor()), grad_bias.value_or(Tensor()), grad_residual};
 }
 

@@ -47,13 +47,16 @@ bool supports(Isa isa) {
 }
 
 Isa select_isa() {
-  const Isa best = supports(Isa::kAvx512) ? Isa::kAvx512 : supports(Isa::kAvx2) ? Isa::kAvx2 : Isa::kDefault;
+  const Isa best = supports(Isa::kAvx512) ? Isa::kAvx512
+                   : supports(Isa::kAvx2) ? Isa::kAvx2
+                                          : Isa::kDefault;
   const char* asked = std::getenv("BNEXT_CPU_CAPABILITY");
   if (!asked || !*asked) return best;
   for (const Isa isa : {Isa::kDefault, Isa::kAvx2, Isa::kAvx512})
     if (to_string(isa) == asked && supports(isa)) return isa;
   throw std::runtime_error(
-      "bnext: BNEXT_CPU_CAPABILITY: expected default, avx2 or avx512, and no more than this machine's " +
+      "bnext: BNEXT_CPU_CAPABILITY: expected default, avx2 or avx512, and no more than this "
+      "machine's " +
       to_string(best) + ", got \"" + asked + "\"");
 }
 

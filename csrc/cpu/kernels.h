@@ -1,5 +1,6 @@
-// The CPU kernels as a table of function pointers, one per instruction set and dtype. A kernel works on a
-// range of chunks and a range of lanes of a CpuPlan; it starts no thread and allocates nothing.
+// The CPU kernels as a table of function pointers, one per instruction set and dtype. A kernel
+// works on a range of chunks and a range of lanes of a CpuPlan; it starts no thread and allocates
+// nothing.
 #pragma once
 
 #include "../batch_norm.h"
@@ -11,9 +12,9 @@ struct Span {
   int64_t chunk0, chunk1, lane0, lane1;
 };
 
-// Per-lane coefficients in the compute type (double for float64, else float), [lanes] each and readable
-// kLanePadding past the end: see Affine and InputGrad in epilogue.h for what they mean.
-inline constexpr int64_t kLanePadding = 32;
+// Per-lane coefficients in the compute type (double for float64, else float), [lanes] each and
+// readable kLanePadding past the end: see Affine and InputGrad in epilogue.h for what they mean.
+inline constexpr int64_t kLanePadding = 64;
 
 struct ForwardLanes {
   const void *mean, *scale, *shift;
@@ -23,20 +24,21 @@ struct BackwardLanes {
   const void *invstd, *a, *b, *c;
 };
 
-// Per-lane results of a span, [lanes] each: mean and m2, or sum_dy and sum_dy_xmu, where xmu is x less the
-// mean rounded to the compute type.
+// Per-lane results of a span, [lanes] each: mean and m2, or sum_dy and sum_dy_xmu, where xmu is x
+// less the mean rounded to the compute type.
 struct Partial {
   double *first, *second;
 };
 
 struct Kernels {
-  using Backward = void (*)(const CpuPlan&, Span, const BackwardLanes&, const BackwardArgs&, bool relu,
-                            Partial);
+  using Backward = void (*)(const CpuPlan&, Span, const BackwardLanes&, const BackwardArgs&,
+                            bool relu, Partial);
   void (*moments)(const CpuPlan&, Span, const void* input, Partial);
   void (*apply_forward)(const CpuPlan&, Span, const ForwardLanes&, const ForwardArgs&, bool relu);
   Backward grad_sums;
-  Backward apply_backward;
-  Backward apply_backward_with_sums;  // both in one pass, where dx does not wait for the sums
+  Backward apply_backward;            // batch statistics: after grad_sums
+  Backward frozen_backward;           // frozen statistics: dx is dy * a
+  Backward frozen_backward_and_sums;  // the same with the sums in one pass
 };
 
 // The number of values per lane in chunks [chunk0, chunk1).
@@ -45,8 +47,9 @@ static inline int64_t chunk_values(const CpuPlan& p, int64_t chunk0, int64_t chu
   const auto before = [&p](int64_t chunk) {
     const int64_t row = chunk / p.segments * p.chunk_rows;
     const int64_t piece = chunk % p.segments * p.segment_width;
-    return row >= p.rows ? p.rows * p.width
-                         : row * p.width + (piece < p.width ? piece : p.width) * (piece ? p.chunk_rows : 0);
+    return row >= p.rows
+               ? p.rows * p.width
+               : row * p.width + (piece < p.width ? piece : p.width) * (piece ? p.chunk_rows : 0);
   };
   return before(chunk1) - before(chunk0);
 }

@@ -1,6 +1,6 @@
-// How a plan runs on a CPU: which kernel works on which span, in which order, and the per-channel work in
-// between, in doubles. Threads are injected: parallel(n, f) calls f(begin, end) on parts of [0, n).
-// Includes no torch.
+// How a plan runs on a CPU: which kernel works on which span, in which order, and the per-channel
+// work in between, in doubles. Threads are injected: parallel(n, f) calls f(begin, end) on parts of
+// [0, n). Includes no torch.
 #pragma once
 
 #include <algorithm>
@@ -20,39 +20,52 @@ inline double read(ParamIn v, int64_t c, double absent) {
   const int64_t i = c * v.stride;
   if (!v) return absent;
   switch (v.dtype) {
-    case DType::kFloat64: return static_cast<const double*>(v.data)[i];
-    case DType::kFloat16: return static_cast<const _Float16*>(v.data)[i];
+    case DType::kFloat64:
+      return static_cast<const double*>(v.data)[i];
+    case DType::kFloat16:
+      return static_cast<const _Float16*>(v.data)[i];
     case DType::kBFloat16: {
       const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(v.data)[i]) << 16;
       float value;
       std::memcpy(&value, &bits, sizeof value);
       return value;
     }
-    default: return static_cast<const float*>(v.data)[i];
+    default:
+      return static_cast<const float*>(v.data)[i];
   }
 }
 
-inline double read(ParamOut v, int64_t c) { return read(ParamIn{v.data, v.stride, v.dtype}, c, 0); }
+inline double read(ParamOut v, int64_t c) {
+  return read(ParamIn{v.data, v.stride, v.dtype}, c, 0);
+}
 
 inline void write(ParamOut v, int64_t c, double value) {
   const int64_t i = c * v.stride;
   if (!v) return;
   switch (v.dtype) {
-    case DType::kFloat64: static_cast<double*>(v.data)[i] = value; break;
-    case DType::kFloat16: static_cast<_Float16*>(v.data)[i] = static_cast<_Float16>(value); break;
+    case DType::kFloat64:
+      static_cast<double*>(v.data)[i] = value;
+      break;
+    case DType::kFloat16:
+      static_cast<_Float16*>(v.data)[i] = static_cast<_Float16>(value);
+      break;
     case DType::kBFloat16: {
       const float single = static_cast<float>(value);
       uint32_t bits;
       std::memcpy(&bits, &single, sizeof bits);
       const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
-      static_cast<uint16_t*>(v.data)[i] = static_cast<uint16_t>(std::isnan(single) ? 0x7fc0 : rounded);
+      static_cast<uint16_t*>(v.data)[i] =
+          static_cast<uint16_t>(std::isnan(single) ? 0x7fc0 : rounded);
       break;
     }
-    default: static_cast<float*>(v.data)[i] = static_cast<float>(value);
+    default:
+      static_cast<float*>(v.data)[i] = static_cast<float>(value);
   }
 }
 
-inline double inverse_std(double variance, double eps) { return 1 / std::sqrt(variance + eps); }
+inline double inverse_std(double variance, double eps) {
+  return 1 / std::sqrt(variance + eps);
+}
 
 // Scratch of one call: `arrays` of `length` values, readable kLanePadding past their ends.
 template <class T>
@@ -71,7 +84,8 @@ class Arrays {
 template <class C, class Parallel>
 class Schedule {
  public:
-  Schedule(const CpuPlan& plan, const Problem& problem, const Kernels& kernels, const Parallel& parallel)
+  Schedule(const CpuPlan& plan, const Problem& problem, const Kernels& kernels,
+           const Parallel& parallel)
       : p_(plan), q_(problem), k_(kernels), parallel_(parallel) {}
 
   // args.momentum is resolved here: the counter must move whatever the plan.
@@ -129,12 +143,16 @@ class Schedule {
     Arrays<C> coefficients(7, p_.lanes);
     const BackwardLanes lanes{coefficients[0], coefficients[1], coefficients[2], coefficients[3],
                               coefficients[4], coefficients[5], coefficients[6]};
-    const auto mean = [&](int64_t c) { return frozen ? read(args.running_mean, c, 0) : args.save_stats[c]; };
+    const auto mean = [&](int64_t c) {
+      return frozen ? read(args.running_mean, c, 0) : args.save_stats[c];
+    };
     const auto invstd = [&](int64_t c) {
-      return frozen ? inverse_std(read(args.running_var, c, 1), args.eps) : args.save_stats[q_.c + c];
+      return frozen ? inverse_std(read(args.running_var, c, 1), args.eps)
+                    : args.save_stats[q_.c + c];
     };
     const auto set_input_grad = [&](int64_t c, double mean_dy, double mean_dy_xmu) {
-      const auto g = make_input_grad<C>(mean(c), invstd(c), read(args.weight, c, 1), mean_dy, mean_dy_xmu);
+      const auto g =
+          make_input_grad<C>(mean(c), invstd(c), read(args.weight, c, 1), mean_dy, mean_dy_xmu);
       fill(coefficients, 3, c, {g.invstd, g.a, g.b, g.c});
     };
     for (int64_t c = 0; c < q_.c; ++c) {
@@ -165,15 +183,15 @@ class Schedule {
     const bool sums = !frozen || args.grad_weight || args.grad_bias;
     if (!frozen && applies) {
       run(reduce, finish, apply);
-    } else if (sums) {
-      for_each_task([&](int64_t slice, int64_t lane0, int64_t lane1) {
-        const auto kernel = applies ? k_.apply_backward_with_sums : k_.grad_sums;
-        kernel(p_, span(slice, lane0, lane1), lanes, args, q_.relu, partial(partials, slice));
-      });
-      for (int64_t c = 0; c < q_.c; ++c) finish(c);
-    } else {
-      for_each_task(apply);
+      return;
     }
+    const auto kernel = !sums     ? k_.frozen_backward
+                        : applies ? k_.frozen_backward_and_sums
+                                  : k_.grad_sums;
+    for_each_task([&](int64_t slice, int64_t lane0, int64_t lane1) {
+      kernel(p_, span(slice, lane0, lane1), lanes, args, q_.relu, partial(partials, slice));
+    });
+    for (int64_t c = 0; sums && c < q_.c; ++c) finish(c);
   }
 
  private:
@@ -201,8 +219,8 @@ class Schedule {
     fill(arrays, 0, c, {a.mean, a.scale, a.shift});
   }
 
-  // f(slice, lane0, lane1) for every task; each thread takes its own last one first, so that a second pass
-  // begins with what the first left in the cache.
+  // f(slice, lane0, lane1) for every task; each thread takes its own last one first, so that a
+  // second pass begins with what the first left in the cache.
   template <class F>
   void for_each_task(const F& f) const {
     const int64_t blocks = (p_.lanes + p_.block - 1) / p_.block;
@@ -221,7 +239,8 @@ class Schedule {
         for (int64_t task = begin; task < end; ++task) {
           const int64_t lane0 = task * p_.block, lane1 = std::min(p_.lanes, lane0 + p_.block);
           for (int64_t slice = 0; slice < p_.slices; ++slice) reduce(slice, lane0, lane1);
-          for (int64_t c = lane0 / p_.lanes_per_channel; c < lane1 / p_.lanes_per_channel; ++c) finish(c);
+          for (int64_t c = lane0 / p_.lanes_per_channel; c < lane1 / p_.lanes_per_channel; ++c)
+            finish(c);
           for (int64_t slice = p_.slices; slice-- > 0;) apply(slice, lane0, lane1);
         }
       });

@@ -1,7 +1,7 @@
-// Eight lanes of float or double on whatever vectors the instruction set has, with loads and stores of the
-// four dtypes. Always eight, so that every instruction set sums in the same order.
-// Compiled once per instruction set; everything lives in that set's namespace, because a shared inline
-// function might be taken from the object file that needs the newest CPU.
+// kLanes lanes of float or double on whatever vectors the instruction set has, with loads and
+// stores of the four dtypes. Compiled once per instruction set; everything lives in that set's
+// namespace, because a shared inline function might be taken from the object file that needs the
+// newest CPU.
 #pragma once
 
 #include <cstdint>
@@ -14,14 +14,15 @@
 
 namespace bnext::BNEXT_ISA_NAMESPACE {
 
-inline constexpr int kLanes = 8;
-
 #if defined(__AVX512F__)
 inline constexpr int kVectorBytes = 64;
+inline constexpr int kLanes = 16;
 #elif defined(__AVX2__)
 inline constexpr int kVectorBytes = 32;
+inline constexpr int kLanes = 8;
 #else
 inline constexpr int kVectorBytes = 16;
+inline constexpr int kLanes = 8;
 #endif
 
 // Storage of the 16-bit dtypes; arithmetic is in float.
@@ -37,7 +38,8 @@ using compute_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class T>
 struct Vec {
-  static constexpr int kBytes = kLanes * sizeof(T) < kVectorBytes ? kLanes * sizeof(T) : kVectorBytes;
+  static constexpr int kBytes =
+      kLanes * sizeof(T) < kVectorBytes ? kLanes * sizeof(T) : kVectorBytes;
   static constexpr int kCount = kLanes * sizeof(T) / kBytes;
   typedef T native __attribute__((vector_size(kBytes)));
   native v[kCount];
@@ -66,30 +68,27 @@ BNEXT_VEC_OPERATOR(-)
 BNEXT_VEC_OPERATOR(*)
 #undef BNEXT_VEC_OPERATOR
 
-// a * b + c, one rounding where the instruction set has it. Written out, and the file compiled without
-// contraction, so that forward and backward agree bit for bit.
-inline Vec<float> fma(const Vec<float>& a, const Vec<float>& b, const Vec<float>& c) {
-#if defined(__FMA__)
-  Vec<float> r;
-  r.v[0] = _mm256_fmadd_ps(a.v[0], b.v[0], c.v[0]);
-  return r;
-#else
-  return a * b + c;
-#endif
-}
-
-inline Vec<double> fma(const Vec<double>& a, const Vec<double>& b, const Vec<double>& c) {
+// a * b + c, one rounding where the instruction set has it. Written out, and the file compiled
+// without contraction, so that forward and backward agree bit for bit.
+template <class T>
+inline Vec<T> fma(const Vec<T>& a, const Vec<T>& b, const Vec<T>& c) {
+  Vec<T> r;
+  for (int i = 0; i < Vec<T>::kCount; ++i) {
 #if defined(__AVX512F__)
-  Vec<double> r;
-  r.v[0] = _mm512_fmadd_pd(a.v[0], b.v[0], c.v[0]);
-  return r;
+    if constexpr (sizeof(T) == 4)
+      r.v[i] = _mm512_fmadd_ps(a.v[i], b.v[i], c.v[i]);
+    else
+      r.v[i] = _mm512_fmadd_pd(a.v[i], b.v[i], c.v[i]);
 #elif defined(__FMA__)
-  Vec<double> r;
-  for (int i = 0; i < Vec<double>::kCount; ++i) r.v[i] = _mm256_fmadd_pd(a.v[i], b.v[i], c.v[i]);
-  return r;
+    if constexpr (sizeof(T) == 4)
+      r.v[i] = _mm256_fmadd_ps(a.v[i], b.v[i], c.v[i]);
+    else
+      r.v[i] = _mm256_fmadd_pd(a.v[i], b.v[i], c.v[i]);
 #else
-  return a * b + c;
+    r.v[i] = a.v[i] * b.v[i] + c.v[i];
 #endif
+  }
+  return r;
 }
 
 // All ones in the lanes where not (x <= 0): those a ReLU passes, NaN among them.
@@ -115,9 +114,14 @@ inline Vec<T> keep(const Sign<T>& sign, const Vec<T>& x) {
   return r;
 }
 
-// The lanes with their bit set. Bit i of a mask byte is lane i.
+// One bit per lane, lane i in bit i: a ReLU mask's bytes, read and written together.
+using LaneBits = std::conditional_t<kLanes == 16, uint16_t, uint8_t>;
+inline constexpr LaneBits first_bits(int n) {
+  return static_cast<LaneBits>((1u << n) - 1);
+}
+
 template <class T>
-inline Sign<T> from_bits(uint8_t bits) {
+inline Sign<T> from_bits(LaneBits bits) {
   using Integer = typename Sign<T>::integer;
   Sign<T> s;
   constexpr int lanes = kLanes / Vec<T>::kCount;
@@ -130,27 +134,38 @@ inline Sign<T> from_bits(uint8_t bits) {
 }
 
 template <class T>
-inline Sign<T> first_lanes(int n) {
-  return from_bits<T>(static_cast<uint8_t>((1 << n) - 1));
-}
-
-template <class T>
-inline uint8_t to_bits(const Sign<T>& s) {
-#if defined(__AVX512DQ__) && defined(__AVX512VL__)
-  if constexpr (sizeof(T) == 4) return _mm256_movepi32_mask((__m256i)s.mask.v[0]);
-  if constexpr (sizeof(T) == 8) return _mm512_movepi64_mask((__m512i)s.mask.v[0]);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(T) == 4) return _mm256_movemask_ps((__m256)s.mask.v[0]);
-  if constexpr (sizeof(T) == 8)
-    return _mm256_movemask_pd((__m256d)s.mask.v[0]) | _mm256_movemask_pd((__m256d)s.mask.v[1]) << 4;
-#endif
-  uint8_t bits = 0;
+inline LaneBits to_bits(const Sign<T>& s) {
   constexpr int lanes = kLanes / Vec<T>::kCount;
-  for (int i = 0; i < kLanes; ++i) bits |= (s.mask.v[i / lanes][i % lanes] & 1) << i;
-  return bits;
+  unsigned bits = 0;
+  for (int i = 0; i < Vec<T>::kCount; ++i) {
+#if defined(__AVX512DQ__)
+    if constexpr (sizeof(T) == 4) bits |= _mm512_movepi32_mask((__m512i)s.mask.v[i]) << (i * lanes);
+    if constexpr (sizeof(T) == 8) bits |= _mm512_movepi64_mask((__m512i)s.mask.v[i]) << (i * lanes);
+#elif defined(__AVX2__)
+    if constexpr (sizeof(T) == 4) bits |= _mm256_movemask_ps((__m256)s.mask.v[i]) << (i * lanes);
+    if constexpr (sizeof(T) == 8) bits |= _mm256_movemask_pd((__m256d)s.mask.v[i]) << (i * lanes);
+#else
+    for (int j = 0; j < lanes; ++j) bits |= (s.mask.v[i][j] & 1u) << (i * lanes + j);
+#endif
+  }
+  return static_cast<LaneBits>(bits);
 }
 
-inline Vec<double> to_double(const Vec<double>& x) { return x; }
+// The bits of the first n lanes; rows of a mask are padded to whole bytes.
+inline LaneBits load_bits(const uint8_t* p, int n) {
+  unsigned bits = p[0];
+  if (n > 8) bits |= p[1] << 8;
+  return static_cast<LaneBits>(bits);
+}
+inline void store_bits(uint8_t* p, LaneBits bits, int n) {
+  bits &= first_bits(n);
+  p[0] = static_cast<uint8_t>(bits);
+  if (n > 8) p[1] = static_cast<uint8_t>(bits >> 8);
+}
+
+inline Vec<double> to_double(const Vec<double>& x) {
+  return x;
+}
 inline Vec<double> to_double(const Vec<float>& x) {
   Vec<double> r;
   constexpr int lanes = kLanes / Vec<double>::kCount;
@@ -163,18 +178,51 @@ inline Vec<double> to_double(const Vec<float>& x) {
   return r;
 }
 
-inline Vec<double> finite_or_zero(const Vec<double>& x) {
-  Vec<double> r;
-  for (int i = 0; i < Vec<double>::kCount; ++i)
-    r.v[i] = x.v[i] - x.v[i] == 0 ? x.v[i] : typename Vec<double>::native{};
+inline Vec<float> to_float(const Vec<double>& x) {
+  Vec<float> r;
+  constexpr int lanes = kLanes / Vec<double>::kCount;
+  typedef float part_t __attribute__((vector_size(lanes * sizeof(float))));
+  for (int i = 0; i < Vec<double>::kCount; ++i) {
+    const part_t part = __builtin_convertvector(x.v[i], part_t);
+    std::memcpy(reinterpret_cast<char*>(&r) + i * sizeof part, &part, sizeof part);
+  }
+  return r;
+}
+
+template <class A, class T>
+inline Vec<A> convert(const Vec<T>& x) {
+  if constexpr (std::is_same_v<A, T>)
+    return x;
+  else if constexpr (std::is_same_v<A, double>)
+    return to_double(x);
+  else
+    return to_float(x);
+}
+
+template <class T>
+inline T lane(const Vec<T>& x, int i) {
+  constexpr int lanes = kLanes / Vec<T>::kCount;
+  return x.v[i / lanes][i % lanes];
+}
+
+template <class T>
+inline Vec<T> finite_or_zero(const Vec<T>& x) {
+  Vec<T> r;
+  for (int i = 0; i < Vec<T>::kCount; ++i)
+    r.v[i] = x.v[i] - x.v[i] == 0 ? x.v[i] : typename Vec<T>::native{};
   return r;
 }
 
 // The sum over lanes, in a fixed order.
-inline double horizontal_sum(const Vec<double>& x) {
-  double lane[kLanes];
+template <class T>
+inline double sum_lanes(const Vec<T>& x) {
+  T lane[kLanes];
   std::memcpy(lane, &x, sizeof lane);
-  return ((lane[0] + lane[4]) + (lane[1] + lane[5])) + ((lane[2] + lane[6]) + (lane[3] + lane[7]));
+  double sum[kLanes];
+  for (int i = 0; i < kLanes; ++i) sum[i] = lane[i];
+  for (int n = kLanes / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) sum[i] += sum[i + n];
+  return sum[0];
 }
 
 template <class T>
@@ -199,7 +247,9 @@ inline Vec<float> load(const bfloat16* p) {
 
 inline Vec<float> load(const float16* p) {
   Vec<float> r;
-#if defined(__F16C__)
+#if defined(__AVX512F__)
+  r.v[0] = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
   r.v[0] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
   _Float16 half[kLanes];
@@ -211,10 +261,10 @@ inline Vec<float> load(const float16* p) {
   return r;
 }
 
-// The bytes of eight elements of T, ready to be stored.
+// The bytes of kLanes elements of T, ready to be stored.
 template <class T>
 struct Packed {
-  alignas(16) unsigned char bytes[kLanes * sizeof(T)];
+  alignas(kVectorBytes) unsigned char bytes[kLanes * sizeof(T)];
 };
 
 template <class T>
@@ -228,12 +278,14 @@ inline Packed<T> pack(const Vec<compute_t<T>>& x) {
       const word_t bits = (word_t)x.v[i];
       const word_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
       const word_t quiet_nan = word_t{} + 0x7fc0;
-      const half_t part =
-          __builtin_convertvector(x.v[i] == x.v[i] ? rounded : quiet_nan, half_t);
+      const half_t part = __builtin_convertvector(x.v[i] == x.v[i] ? rounded : quiet_nan, half_t);
       std::memcpy(r.bytes + i * sizeof part, &part, sizeof part);
     }
   } else if constexpr (std::is_same_v<T, float16>) {
-#if defined(__F16C__)
+#if defined(__AVX512F__)
+    const __m256i half = _mm512_cvtps_ph(x.v[0], _MM_FROUND_TO_NEAREST_INT);
+    std::memcpy(r.bytes, &half, sizeof half);
+#elif defined(__F16C__)
     const __m128i half = _mm256_cvtps_ph(x.v[0], _MM_FROUND_TO_NEAREST_INT);
     std::memcpy(r.bytes, &half, sizeof half);
 #else
@@ -255,19 +307,44 @@ inline void store(T* p, const Vec<compute_t<T>>& x) {
   std::memcpy(p, packed.bytes, sizeof packed.bytes);
 }
 
-// Past the caches, where the instruction set can; p is aligned to the vector.
+// Past the caches, where the instruction set can; p is aligned to kLanes elements.
 template <class T>
 inline void store_nontemporal(T* p, const Vec<compute_t<T>>& x) {
 #if defined(__x86_64__)
   const Packed<T> packed = pack<T>(x);
-  for (size_t i = 0; i < sizeof packed.bytes; i += 16) {
-    __m128i part;
-    std::memcpy(&part, packed.bytes + i, sizeof part);
-    _mm_stream_si128(reinterpret_cast<__m128i*>(reinterpret_cast<char*>(p) + i), part);
+#if defined(__AVX512F__)
+  constexpr size_t step = sizeof packed.bytes < 64 ? 32 : 64;
+#elif defined(__AVX__)
+  constexpr size_t step = sizeof packed.bytes < 32 ? 16 : 32;
+#else
+  constexpr size_t step = 16;
+#endif
+  for (size_t i = 0; i < sizeof packed.bytes; i += step) {
+    char* to = reinterpret_cast<char*>(p) + i;
+    const auto from = packed.bytes + i;
+#if defined(__AVX512F__)
+    if constexpr (step == 64)
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to), _mm512_loadu_si512(from));
+#endif
+#if defined(__AVX__)
+    if constexpr (step == 32)
+      _mm256_stream_si256(reinterpret_cast<__m256i*>(to),
+                          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#endif
+    if constexpr (step == 16)
+      _mm_stream_si128(reinterpret_cast<__m128i*>(to),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   }
 #else
   store(p, x);
 #endif
+}
+
+inline void prefetch(const void* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+inline void prefetch_for_store(const void* p) {
+  __builtin_prefetch(p, 1, 2);
 }
 
 // Orders non-temporal stores before whatever the thread does next.
@@ -280,16 +357,42 @@ inline void fence_nontemporal() {
 // The first n < kLanes lanes; the others read as zero and are not written.
 template <class T>
 inline Vec<compute_t<T>> load_first(const T* p, int n) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  alignas(kVectorBytes) T lanes[kLanes];
+  if constexpr (sizeof(T) == 2)
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes),
+                       _mm256_maskz_loadu_epi16(first_bits(n), p));
+  else if constexpr (sizeof(T) == 4)
+    _mm512_store_si512(lanes, _mm512_maskz_loadu_epi32(first_bits(n), p));
+  else
+    for (int i = 0; i < 2; ++i)
+      _mm512_store_si512(lanes + 8 * i,
+                         _mm512_maskz_loadu_epi64(first_bits(n) >> 8 * i, p + 8 * i));
+#else
   T lanes[kLanes] = {};
+#pragma GCC unroll 1
   for (int i = 0; i < n; ++i) lanes[i] = p[i];
+#endif
   return load(lanes);
 }
 
 template <class T>
 inline void store_first(T* p, const Vec<compute_t<T>>& x, int n) {
-  T lanes[kLanes];
+  alignas(kVectorBytes) T lanes[kLanes];
   store(lanes, x);
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+  if constexpr (sizeof(T) == 2)
+    _mm256_mask_storeu_epi16(p, first_bits(n),
+                             _mm256_load_si256(reinterpret_cast<const __m256i*>(lanes)));
+  else if constexpr (sizeof(T) == 4)
+    _mm512_mask_storeu_epi32(p, first_bits(n), _mm512_load_si512(lanes));
+  else
+    for (int i = 0; i < 2; ++i)
+      _mm512_mask_storeu_epi64(p + 8 * i, first_bits(n) >> 8 * i, _mm512_load_si512(lanes + 8 * i));
+#else
+#pragma GCC unroll 1
   for (int i = 0; i < n; ++i) p[i] = lanes[i];
+#endif
 }
 
 }  // namespace bnext::BNEXT_ISA_NAMESPACE
