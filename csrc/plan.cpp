@@ -10,7 +10,10 @@ namespace {
 
 // Two passes over a chunk of each operand stay in a 32 KiB L1 with room for the next chunk's lines.
 constexpr int64_t kChunkElements = 4096;
-// Columns are taken this many at a time: the lanes whose sums a kernel keeps in registers.
+// Rows of columns whose float sums join in double: few enough to be exact, enough to hide the
+// joining.
+constexpr int64_t kChunkRows = 256;
+// Blocks of columns and pieces of rows are multiples of this: whole vectors, whole bytes of a mask.
 constexpr int64_t kTileLanes = 64;
 // Below this, a run of adjacent elements fills too few vectors and is taken as columns.
 constexpr int64_t kMinRowWidth = 16;
@@ -55,7 +58,7 @@ CpuPlan plan_cpu(const Problem& p, const CpuInfo& cpu) {
   plan.segments = columns ? 1 : ceil_div(p.hw, kChunkElements);
   plan.segment_width =
       round_up(ceil_div(plan.width, plan.segments), plan.segments > 1 ? kTileLanes : 1);
-  plan.chunk_rows = std::max<int64_t>(1, kChunkElements / (columns ? kTileLanes : plan.width));
+  plan.chunk_rows = columns ? kChunkRows : std::max<int64_t>(1, kChunkElements / plan.width);
   plan.chunks = ceil_div(plan.rows, plan.chunk_rows) * plan.segments;
   plan.slices =
       std::min(plan.chunks, std::clamp<int64_t>(kMaxPartials / plan.lanes, 1, kMaxSlices));

@@ -24,6 +24,13 @@ inline bool fits_float(const A* values, int64_t n) {
   return fits;
 }
 
+// Whether sums that were shifted by a value `distance` from their mean kept their digits: not where
+// the shift was an outlier, many standard deviations away.
+template <class A>
+inline bool fits_shift(A distance, A m2, A count) {
+  return distance * distance * count <= A(64) * m2;
+}
+
 // Per-lane results of a tile.
 struct Results {
   alignas(64) double first[kTileColumns], second[kTileColumns];
@@ -58,7 +65,8 @@ template <class A, class T>
   const double about_center = squares.total(), error = mean - static_cast<double>(lane(center, 0));
   out.first[0] = mean;
   out.second[0] = about_center - error * error * count;
-  return fits_float(&about_center, 1);
+  return fits_float(&about_center, 1) &&
+         fits_shift(mean - static_cast<double>(lane(shift, 0)), out.second[0], count);
 }
 
 // Two passes over each group of rows, in registers, joined by Chan's formula; values are shifted by
@@ -94,7 +102,9 @@ template <class A, class T>
     out.first[i] = static_cast<double>(shift[i]) + static_cast<double>(mean[i]);
     out.second[i] = static_cast<double>(m2[i]);
   }
-  return fits_float(m2, t.width);
+  bool fits = fits_float(m2, t.width);
+  for (int64_t i = 0; i < t.width; ++i) fits &= fits_shift(mean[i], m2[i], static_cast<A>(t.rows));
+  return fits;
 }
 
 template <class T, IndexMap kMap>
@@ -130,6 +140,9 @@ void apply_forward(const CpuPlan& p, Span span, const ForwardLanes& lanes,
       const T* x = static_cast<const T*>(args.input) + t.offset;
       const T* residual = static_cast<const T*>(args.residual) + t.offset;
       T* y = static_cast<T*>(args.output) + t.offset;
+      const bool reads_ahead =
+          t.ahead && p.family != Family::kResident;  // else it is cached already
+      const bool writes_ahead = t.ahead && !p.nontemporal_stores;
       visit<kMap>(
           t,
           [&](int64_t i) {
@@ -139,10 +152,8 @@ void apply_forward(const CpuPlan& p, Span span, const ForwardLanes& lanes,
           },
           [&](const Affine<Vec<C>>& affine, int64_t row, int64_t i, auto, auto n) {
             const int64_t at = row * t.stride + i;
-            if (t.ahead) {
-              prefetch(x + at + t.ahead);
-              if (!p.nontemporal_stores) prefetch_for_store(y + at + t.ahead);
-            }
+            if (reads_ahead) prefetch(x + at + t.ahead);
+            if (writes_ahead) prefetch_for_store(y + at + t.ahead);
             Vec<C> z = apply(affine, load_lanes(x + at, n));
             if constexpr (kResidual) z = z + load_lanes(residual + at, n);
             if constexpr (kRelu) {
@@ -180,6 +191,8 @@ template <class A, class T, IndexMap kMap, Relu kRelu, Outputs kOut>
   T* dx = args.grad_input ? static_cast<T*>(args.grad_input) + t.offset : nullptr;
   T* dresidual = args.grad_residual ? static_cast<T*>(args.grad_residual) + t.offset : nullptr;
   const uint8_t* mask = args.relu_mask + t.mask_offset;
+  const bool reads_ahead = t.ahead && (kOut.sums || p.family != Family::kResident);
+  const bool writes_ahead = t.ahead && kApplies && dx && !p.nontemporal_stores;
   alignas(64) A sums_dy[kTileColumns], sums_dy_xmu[kTileColumns];
   if constexpr (kOut.sums && kMap == IndexMap::kColumns)
     for (int64_t i = 0; i < t.width; i += kLanes) {
@@ -212,11 +225,11 @@ template <class A, class T, IndexMap kMap, Relu kRelu, Outputs kOut>
       },
       [&](State& s, int64_t row, int64_t i, auto j, auto n) {
         const int64_t at = row * t.stride + i;
-        if (t.ahead) {
+        if (reads_ahead) {
           if constexpr (kReadsInput) prefetch(x + at + t.ahead);
           prefetch(dy + at + t.ahead);
-          if (kApplies && !p.nontemporal_stores) prefetch_for_store(dx + at + t.ahead);
         }
+        if (writes_ahead) prefetch_for_store(dx + at + t.ahead);
         Vec<C> xi, g = load_lanes(dy + at, n);
         if constexpr (kReadsInput) xi = load_lanes(x + at, n);
         if constexpr (kRecomputes) g = keep(passes_relu(apply(s.affine, xi)), g);

@@ -151,7 +151,7 @@ struct Sum {
   double total() const
     requires(kMap == IndexMap::kRows)
   {
-    return (sum_lanes(v[0]) + sum_lanes(v[1])) + (sum_lanes(v[2]) + sum_lanes(v[3]));
+    return sum_lanes((to_double(v[0]) + to_double(v[1])) + (to_double(v[2]) + to_double(v[3])));
   }
 };
 

@@ -214,12 +214,9 @@ inline Vec<T> finite_or_zero(const Vec<T>& x) {
 }
 
 // The sum over lanes, in a fixed order.
-template <class T>
-inline double sum_lanes(const Vec<T>& x) {
-  T lane[kLanes];
-  std::memcpy(lane, &x, sizeof lane);
+inline double sum_lanes(const Vec<double>& x) {
   double sum[kLanes];
-  for (int i = 0; i < kLanes; ++i) sum[i] = lane[i];
+  std::memcpy(sum, &x, sizeof sum);
   for (int n = kLanes / 2; n > 0; n /= 2)
     for (int i = 0; i < n; ++i) sum[i] += sum[i + n];
   return sum[0];
