@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bnext.functional import batch_norm_act
-from cases import Case, make
+from cases import Case, dtype_id, make
 
 CL = torch.channels_last
 # Shapes that each family and index map takes, above and below the sizes at which work is split.
@@ -46,14 +46,16 @@ def assert_bitwise_equal(a: list[torch.Tensor], b: list[torch.Tensor], what: str
         assert torch.equal(x, y), f"{what}: {name} differs"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+# float64 shows an order of summation that rounding to float32 hides.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=dtype_id)
 @pytest.mark.parametrize("residual", [False, True], ids=["bn", "add-relu"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
     "shape", SHAPES, ids=lambda s: "x".join(map(str, s[0])) + "-cl" * (s[1] is CL)
 )
 def test_any_number_of_threads(shape, training, residual, dtype) -> None:
-    case = make(*shape, (dtype, torch.float32, torch.float32), residual=residual)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    case = make(*shape, (dtype, wide, wide), residual=residual)
     torch.set_num_threads(1)
     expected = everything(case, training, residual)
     for threads in (2, 3, 8):

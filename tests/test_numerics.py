@@ -84,6 +84,29 @@ def test_variance_of_a_far_mean_is_exact_to_rounding(ratio, device) -> None:
             torch.testing.assert_close(var.double(), expected_var, rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize("ratio", [1e3, 1e4, 1e5, 1e6])
+@pytest.mark.parametrize("memory_format", FORMATS, ids=FORMAT_IDS)
+def test_a_far_mean_costs_no_accuracy(memory_format, ratio, device) -> None:
+    """The mean is not rounded to float32 before it is subtracted, unlike PyTorch's."""
+    shape, eps = (4, 5, 9, 9), torch.finfo(torch.float32).eps
+    x = (torch.randn(shape, dtype=torch.float64) + ratio).to(device, torch.float32)
+    x = x.contiguous(memory_format=memory_format).requires_grad_()
+    weight = (torch.rand(5, device=device) + 1).requires_grad_()
+    dy = torch.randn(shape, device=device) + 2  # so that the mean's error would reach grad_weight
+    stats = (x.detach().double().mean((0, 2, 3)), torch.ones(5, device=device))
+    for frozen in (None, stats):
+        # float64 statistics are not accepted with a float32 input: round them, and use those.
+        frozen = None if frozen is None else (frozen[0].float(), frozen[1])
+        y = batch_norm(x, *(frozen or (None, None)), weight, training=frozen is None)
+        dx, dweight = torch.autograd.grad(y, (x, weight), dy)
+        forward = reference.forward(x.detach(), weight.detach(), stats=frozen)
+        backward = reference.backward(dy, x.detach(), weight.detach(), frozen)
+        assert (y - forward.output).abs().max() <= 8 * eps * forward.output.abs().max()
+        assert (dx - backward.input).abs().max() <= 16 * eps * dx.abs().max()
+        scale = (dy.double() * forward.output).abs().sum((0, 2, 3))
+        assert ((dweight - backward.weight).abs() <= 8 * eps * scale).all()
+
+
 @pytest.mark.parametrize("scale", [1e19, 1e30])
 @pytest.mark.parametrize("memory_format", FORMATS, ids=FORMAT_IDS)
 def test_squares_beyond_float32_do_not_overflow(memory_format, scale, device) -> None:
