@@ -21,8 +21,8 @@ def _backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
     """Gradients by the formulas of the paper's section 3, in one op."""
     if grad_out is None:
         return None, None, None, None, None
-    need_input, need_weight, need_bias, need_residual = ctx.needs_input_grad[:4]
-    relu = ctx.relu
+    need_input, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
+    eps, relu = ctx.eps_and_relu
     if not relu and not (need_input or need_weight or need_bias):
         return None, None, None, grad_out, None
     if torch.compiler.is_dynamo_compiling():
@@ -32,7 +32,7 @@ def _backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
     else:
         gradients = EAGER.backward
     grad_input, grad_weight, grad_bias, grad_residual = gradients(
-        grad_out, *ctx.saved_tensors, ctx.eps, relu,
+        grad_out, *ctx.saved_tensors, eps, relu,
         need_input, need_weight, need_bias, need_residual and relu,
     )  # fmt: skip
     if need_residual and not relu:
@@ -75,13 +75,14 @@ class BatchNormFunction(torch.autograd.Function):
             )
             ctx.save_for_backward(input, weight, bias, relu_mask, None, running_mean, running_var)
         ctx.set_materialize_grads(False)
-        ctx.eps = eps
-        ctx.relu = relu
+        ctx.eps_and_relu = eps, relu
         return output
 
     backward = staticmethod(_backward)
 
 
+# The engine calls this with what `_backward` takes; the one inherited looks `backward` up: 0.4 us.
+BatchNormFunction._backward_cls.apply = _backward  # type: ignore[attr-defined]
 # Function.apply itself only looks for functorch: 3 of 12 us, and callers of this have looked.
 apply: Callable[..., Tensor] = super(torch.autograd.Function, BatchNormFunction).apply
 
@@ -125,8 +126,7 @@ class _TracedFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
         ctx.save_for_backward(input, weight, bias, relu_mask, save_stats, running_mean, running_var)
         ctx.set_materialize_grads(False)
-        ctx.eps = eps
-        ctx.relu = relu
+        ctx.eps_and_relu = eps, relu
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> _Grads:

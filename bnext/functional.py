@@ -21,12 +21,13 @@ from bnext._ops import EAGER
 __all__ = ["BatchNormFunction", "batch_norm", "batch_norm_act"]
 
 train, inference, _ = EAGER
-_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
-_is_grad_enabled = torch.is_grad_enabled
-_is_scripting: Callable[[], bool] = torch.jit.is_scripting
+# Looked up once: on a small tensor the call is the cost, and each dot is 10 ns of it.
+is_scripting: Callable[[], bool] = torch.jit.is_scripting
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+is_grad_enabled = torch.is_grad_enabled
+tracing_state = torch._C._get_tracing_state
+transforms_active = torch._C._are_functorch_transforms_active
 _is_tracing: Callable[[], bool] = torch.jit.is_tracing
-_tracing_state = torch._C._get_tracing_state
-_transforms_active = torch._C._are_functorch_transforms_active
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Tensors the ops take as they are: besides plain ones, those that only stand in for them.
 _NATIVE_TYPES: tuple[type, ...] = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
@@ -104,7 +105,7 @@ def batch_norm_act(
         >>> x, shortcut = torch.randn(2, 8, 16, 8, 8)
         >>> y = bnext.functional.batch_norm_act(x, None, None, residual=shortcut, training=True)
     """
-    if _is_scripting():
+    if is_scripting():
         return compose(
             input, weight, bias, residual, running_mean, running_var, None,
             training, momentum, eps, act is not None,
@@ -142,10 +143,10 @@ def normalize(
     # Every instruction from here to the op counts: on small tensors the call is the cost.
     if (
         type(input) is not Tensor
-        or _is_dynamo_compiling()
-        or _transforms_active()
+        or is_dynamo_compiling()
+        or transforms_active()
         or forward_ad._current_level >= 0
-        or _tracing_state() is not None
+        or tracing_state() is not None
     ):
         detour = _detour(input, training)
         if detour is not None:
@@ -161,7 +162,7 @@ def normalize(
     ):
         _check_values(input, running_mean, running_var, training, eps)
     try:
-        if _is_grad_enabled() and (
+        if is_grad_enabled() and (
             (weight is not None and weight.requires_grad)
             or input.requires_grad
             or (bias is not None and bias.requires_grad)
@@ -227,11 +228,11 @@ def _detour(input: Tensor, training: bool) -> Callable[..., Tensor] | None:
     """How to run a call that is not an ordinary eager one; None for the ordinary way."""
     if (
         forward_ad._current_level >= 0
-        or _tracing_state() is not None
+        or tracing_state() is not None
         or type(input) not in _NATIVE_TYPES
     ):
         return compose
-    transformed = _transforms_active()
+    transformed = transforms_active()
     if torch.compiler.is_compiling():
         # In eval the compiler folds and fuses ATen's batch norm; in training ours is faster.
         return _traced if training and not transformed else compose
