@@ -16,12 +16,10 @@
 namespace bnext::BNEXT_ISA_NAMESPACE {
 namespace {
 
+// Whether a sum of floats neither over- nor underflowed on the way.
 template <class A>
-inline bool fits_float(const A* values, int64_t n) {
-  bool fits = true;
-  for (int64_t i = 0; i < n; ++i)
-    fits &= (values[i] > A(1e-25) || values[i] < A(-1e-25)) && values[i] - values[i] == 0;
-  return fits;
+inline bool fits_float(A value) {
+  return (value > A(1e-25) || value < A(-1e-25)) && value - value == 0;
 }
 
 // Whether sums that were shifted by a value `distance` from their mean kept their digits: not where
@@ -31,15 +29,29 @@ inline bool fits_shift(A distance, A m2, A count) {
   return distance * distance * count <= A(64) * m2;
 }
 
-// Per-lane results of a tile.
+// Per-lane results of a tile, and whether the accumulators were wide enough for them.
 struct Results {
   alignas(64) double first[kTileColumns], second[kTileColumns];
+  bool fits[kTileColumns];
 };
 
+// Replaces the results that do not fit by those of again(results), a sum in double; lane by lane,
+// so that no lane depends on its neighbours.
+template <class Again>
+inline void settle(Results& r, int64_t lanes, Again again) {
+  bool all = true;
+  for (int64_t i = 0; i < lanes; ++i) all &= r.fits[i];
+  if (all) return;
+  Results exact;
+  again(exact);
+  for (int64_t i = 0; i < lanes; ++i)
+    if (!r.fits[i]) r.first[i] = exact.first[i], r.second[i] = exact.second[i];
+}
+
 // Two passes, the second from L1. Sums are shifted by the tile's first value: a constant channel
-// has exactly that mean, and no variance. False where A did not fit.
+// has exactly that mean, and no variance.
 template <class A, class T>
-[[gnu::noinline]] bool row_moments(const T* x, const Tile& t, Results& out) {
+[[gnu::noinline]] void row_moments(const T* x, const Tile& t, Results& out) {
   const auto none = [](auto&, int64_t, int) {};
   const Vec<A> shift = finite_or_zero(Vec<A>(static_cast<A>(lane(load_first(x, 1), 0))));
   const double count = static_cast<double>(t.rows * t.width);
@@ -65,14 +77,14 @@ template <class A, class T>
   const double about_center = squares.total(), error = mean - static_cast<double>(lane(center, 0));
   out.first[0] = mean;
   out.second[0] = about_center - error * error * count;
-  return fits_float(&about_center, 1) &&
-         fits_shift(mean - static_cast<double>(lane(shift, 0)), out.second[0], count);
+  out.fits[0] = fits_float(about_center) &&
+                fits_shift(mean - static_cast<double>(lane(shift, 0)), out.second[0], count);
 }
 
 // Two passes over each group of rows, in registers, joined by Chan's formula; values are shifted by
 // the tile's first row.
 template <class A, class T>
-[[gnu::noinline]] bool column_moments(const T* x, const Tile& t, Results& out) {
+[[gnu::noinline]] void column_moments(const T* x, const Tile& t, Results& out) {
   alignas(64) A shift[kTileColumns], mean[kTileColumns], m2[kTileColumns];
   for_each_vector(t.width, [&](int64_t i, auto n) {
     store(shift + i, finite_or_zero(convert<A>(load_lanes(x + i, n))));
@@ -101,10 +113,8 @@ template <class A, class T>
   for (int64_t i = 0; i < t.width; ++i) {
     out.first[i] = static_cast<double>(shift[i]) + static_cast<double>(mean[i]);
     out.second[i] = static_cast<double>(m2[i]);
+    out.fits[i] = fits_float(m2[i]) && fits_shift(mean[i], m2[i], static_cast<A>(t.rows));
   }
-  bool fits = fits_float(m2, t.width);
-  for (int64_t i = 0; i < t.width; ++i) fits &= fits_shift(mean[i], m2[i], static_cast<A>(t.rows));
-  return fits;
 }
 
 template <class T, IndexMap kMap>
@@ -114,13 +124,17 @@ void moments(const CpuPlan& p, Span span, const void* input, Partial partial) {
     const double count = static_cast<double>(chunk_values(p, chunk, chunk + 1));
     for_each_tile<kMap>(p, chunk, span.lane0, span.lane1, [&](const Tile& t) {
       const T* x = static_cast<const T*>(input) + t.offset;
+      const auto tile_moments = [&]<class A>(A, Results& r) {
+        if constexpr (kMap == IndexMap::kRows)
+          row_moments<A>(x, t, r);
+        else
+          column_moments<A>(x, t, r);
+      };
+      const int64_t tile_lanes = kMap == IndexMap::kRows ? 1 : t.width;
       Results r;
-      if constexpr (kMap == IndexMap::kRows) {
-        if (!row_moments<compute_t<T>>(x, t, r)) row_moments<double>(x, t, r);
-      } else {
-        if (!column_moments<compute_t<T>>(x, t, r)) column_moments<double>(x, t, r);
-      }
-      for (int64_t i = 0; i < (kMap == IndexMap::kRows ? 1 : t.width); ++i) {
+      tile_moments(compute_t<T>{}, r);
+      settle(r, tile_lanes, [&](Results& exact) { tile_moments(double{}, exact); });
+      for (int64_t i = 0; i < tile_lanes; ++i) {
         double &mean = partial.first[t.lane + i], &m2 = partial.second[t.lane + i];
         Moments<double> tile{count, r.first[i], r.second[i]};
         if (before > 0) tile = combine({before, mean, m2}, tile);
@@ -179,9 +193,9 @@ struct Outputs {
   bool sums, batch, frozen;
 };
 
-// Sums in accumulators of A. False where A did not fit.
+// Sums in accumulators of A.
 template <class A, class T, IndexMap kMap, Relu kRelu, Outputs kOut>
-[[gnu::noinline]] bool tile_backward(const CpuPlan& p, const Tile& t, const BackwardLanes& lanes,
+[[gnu::noinline]] void tile_backward(const CpuPlan& p, const Tile& t, const BackwardLanes& lanes,
                                      const BackwardArgs& args, Results& out) {
   using C = compute_t<T>;
   constexpr bool kApplies = kOut.batch || kOut.frozen, kRecomputes = kRelu == Relu::kRecompute;
@@ -261,13 +275,15 @@ template <class A, class T, IndexMap kMap, Relu kRelu, Outputs kOut>
           out.second[0] = s.dy_xmu.total();
         }
       });
-  if constexpr (!kOut.sums) return true;
-  if constexpr (kMap == IndexMap::kRows) return fits_float(out.second, 1);
-  for (int64_t i = 0; i < t.width; ++i) {
-    out.first[i] = static_cast<double>(sums_dy[i]);
-    out.second[i] = static_cast<double>(sums_dy_xmu[i]);
+  if constexpr (kOut.sums) {
+    if constexpr (kMap == IndexMap::kColumns)
+      for (int64_t i = 0; i < t.width; ++i) {
+        out.first[i] = static_cast<double>(sums_dy[i]);
+        out.second[i] = static_cast<double>(sums_dy_xmu[i]);
+      }
+    for (int64_t i = 0; i < (kMap == IndexMap::kRows ? 1 : t.width); ++i)
+      out.fits[i] = fits_float(out.second[i]);
   }
-  return fits_float(sums_dy_xmu, t.width);
 }
 
 template <class T, IndexMap kMap, Relu kRelu, Outputs kOut>
@@ -276,12 +292,15 @@ void backward(const CpuPlan& p, Span span, const BackwardLanes& lanes, const Bac
   for (int64_t chunk = span.chunk0; chunk < span.chunk1; ++chunk)
     for_each_tile<kMap>(p, chunk, span.lane0, span.lane1, [&](const Tile& t) {
       Results r;
-      const bool fits = tile_backward<compute_t<T>, T, kMap, kRelu, kOut>(p, t, lanes, args, r);
+      tile_backward<compute_t<T>, T, kMap, kRelu, kOut>(p, t, lanes, args, r);
       if constexpr (kOut.sums) {
-        if (!fits)
-          tile_backward<double, T, kMap, kRelu, Outputs{true, false, false}>(p, t, lanes, args, r);
+        const int64_t tile_lanes = kMap == IndexMap::kRows ? 1 : t.width;
+        settle(r, tile_lanes, [&](Results& exact) {
+          tile_backward<double, T, kMap, kRelu, Outputs{true, false, false}>(p, t, lanes, args,
+                                                                             exact);
+        });
         const bool first = chunk == span.chunk0;
-        for (int64_t i = 0; i < (kMap == IndexMap::kRows ? 1 : t.width); ++i) {
+        for (int64_t i = 0; i < tile_lanes; ++i) {
           double &dy = partial.first[t.lane + i], &dy_xmu = partial.second[t.lane + i];
           dy = (first ? 0 : dy) + r.first[i];
           dy_xmu = (first ? 0 : dy_xmu) + r.second[i];
