@@ -58,7 +58,9 @@ def test_bytes_of_every_plan(problem, device) -> None:
     assert p.bytes_floor == (2 if "forward" in stage else 3) * tensor + residual * tensor + mask
     assert p.bytes_moved >= p.bytes_floor
     again = tensor * (1 if "forward" in stage else 2)
-    assert p.bytes_moved - p.bytes_floor == (again if p.family == "streaming" else 0)
+    # A second read that half the L3 holds does not reach memory.
+    misses = p.family == "streaming" and again > device.l3_bytes // 2
+    assert p.bytes_moved - p.bytes_floor == (again if misses else 0)
     assert (p.family == "elementwise") == stage.startswith("eval"), "eval has nothing to wait for"
 
 
@@ -110,11 +112,11 @@ def test_resnet_shapes_are_resident(c, hw, stage) -> None:
         (32, 3, 224 * 224, "train_forward", False, "streaming", "rows"),
         (1, 1, 1 << 24, "train_forward", False, "streaming", "rows"),
         (32, 64, 56 * 56, "train_forward", True, "streaming", "columns"),
-        (32, 512, 28 * 28, "train_forward", True, "resident", "columns"),
+        (32, 512, 28 * 28, "train_forward", True, "streaming", "columns"),
         (32, 512, 28 * 28, "train_backward", True, "streaming", "columns"),
-        (256, 1024, 1, "train_forward", True, "resident", "columns"),
+        (256, 1024, 1, "train_forward", True, "streaming", "columns"),
         (125000, 50, 1, "train_forward", True, "streaming", "columns"),
-        (32, 2048, 4, "train_forward", False, "resident", "columns"),
+        (32, 2048, 4, "train_forward", False, "streaming", "columns"),
         (32, 64, 56 * 56, "eval_forward", True, "elementwise", "columns"),
         (32, 64, 56 * 56, "eval_forward", False, "elementwise", "rows"),
         (32, 64, 56 * 56, "eval_backward", False, "elementwise", "rows"),
