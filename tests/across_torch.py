@@ -8,6 +8,7 @@ whatever their torch (they must be the same Python version). Exits with 1 if any
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,7 @@ def main(pythons: list[str]) -> int:
     if not pythons:
         print(__doc__)
         return 2
+    pythons = [os.path.abspath(python) for python in pythons]
     with tempfile.TemporaryDirectory() as scratch:
         pip_wheel = [pythons[0], "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", scratch]
         subprocess.run([*pip_wheel, str(ROOT)], check=True)
