@@ -152,13 +152,15 @@ def test_unknown_activation_is_a_value_error() -> None:
         batch_norm_act(torch.randn(4, 3), None, None, training=True, act="sigmoid")
 
 
+@pytest.mark.parametrize("requires_grad", [False, True], ids=["", "requires_grad"])
 @pytest.mark.parametrize("which", ["running_mean", "running_var"])
-def test_one_running_statistic_alone_in_training(which) -> None:
+def test_one_running_statistic_alone_in_training(which, requires_grad) -> None:
     """Not torch's to define (it crashed on it): either refused or the given one is right."""
     kwargs = arguments(**{which: None})
     other = "running_var" if which == "running_mean" else "running_mean"
     theirs = outcome(F.batch_norm, arguments(**{which: None}))
     before = kwargs[other].clone()
+    kwargs["input"].requires_grad_(requires_grad)
     ours = outcome(batch_norm, kwargs)
     assert type(ours) is type(theirs), (ours, theirs)
     if ours is not None:
