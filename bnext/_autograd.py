@@ -141,7 +141,7 @@ def traced_apply(*args: Any) -> Tensor:
     if torch.compiler.is_compiling() and not wanted:
         output = TRACED.train(*args[:7], *args[8:], False)[0]
     else:  # a transform may want a gradient at another level than the one that shows
-        output = _TracedFunction.apply(*args)[0]  # type: ignore[no-untyped-call]
+        output = _TracedFunction.apply(*args)[0]
     return output
 
 

@@ -42,7 +42,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         # The two common calls, in few instructions: on a small tensor the call is the cost.
         if type(input) is Tensor:
-            self._check_input_dim(input)  # type: ignore[no-untyped-call]
+            self._check_input_dim(input)
             try:
                 # Without Module.__getattr__, which takes 0.4 us each.
                 parameters, buffers = self._parameters, self._buffers
@@ -80,7 +80,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     forward.__wrapped__ = _scripted_forward  # type: ignore[attr-defined]
 
     def _compose(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
-        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        self._check_input_dim(input)
         tracked = not self.training or self.track_running_stats
         return compose(
             input,
@@ -104,7 +104,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             arguments = (input,) if residual is None else (input, residual)
             path = tracer.path_of_module(self)
             return tracer.create_proxy("call_module", path, arguments, {})
-        self._check_input_dim(input)  # type: ignore[no-untyped-call]
+        self._check_input_dim(input)
         try:
             # Without Module.__getattr__, which costs 0.4 us each.
             parameters, buffers = self._parameters, self._buffers
@@ -244,7 +244,7 @@ class _BatchNormAct(_BatchNorm):
             return self._normalize(input, residual, is_relu(self.act))
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, act={self.act!r}"  # type: ignore[no-untyped-call]
+        return f"{super().extra_repr()}, act={self.act!r}"
 
 
 class BatchNormAct1d(_BatchNormAct, BatchNorm1d):
