@@ -292,6 +292,11 @@ class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
     Raises:
         ValueError: :attr:`act` is unknown; else as :class:`torch.nn.BatchNorm2d`.
 
+    .. warning::
+        What replaces a batch norm by its type or attributes, such as
+        :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` and
+        :func:`torch.nn.utils.fuse_conv_bn_eval`, takes this for one and drops the activation.
+
     Example::
 
         >>> m = bnext.BatchNormAct2d(64)
