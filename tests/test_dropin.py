@@ -69,6 +69,8 @@ def test_every_constructor_option_behaves_as_torchs(ndim, options, device) -> No
         grad = torch.randn_like(y)
         y.backward(grad), z.backward(grad)
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5)
             p.grad = q.grad = None
@@ -236,7 +238,9 @@ def test_buffers_set_to_none_in_eval_use_the_batch(device) -> None:
         module.running_mean = module.running_var = None
         module.eval()
     x = torch.randn(SHAPES[2], device=device)
-    torch.testing.assert_close(modules[0](x), modules[1](x), rtol=1e-5, atol=1e-5)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(modules[0](x), modules[1](x), rtol=1e-5, atol=1e-5)
 
 
 def test_counter_set_to_none_is_not_counted(device) -> None:
@@ -281,11 +285,13 @@ def test_parametrized_and_pruned_weights(device) -> None:
     modules = pair(2, device)
     for module in modules:
         nn.utils.parametrize.register_parametrization(module, "weight", Double())
-    torch.testing.assert_close(modules[0](x), modules[1](x), rtol=1e-5, atol=1e-5)
-    modules = pair(2, device)
-    for module in modules:
+    others = pair(2, device)
+    for module in others:
         nn.utils.prune.l1_unstructured(module, "weight", amount=2)
-    torch.testing.assert_close(modules[0](x), modules[1](x), rtol=1e-5, atol=1e-5)
+    for ours, theirs in (modules, others):
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            torch.testing.assert_close(ours.eval()(x), theirs.eval()(x), rtol=1e-5, atol=1e-5)
 
 
 def test_hooks_see_input_and_output() -> None:

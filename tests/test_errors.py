@@ -97,11 +97,12 @@ MODULE_INPUTS = {
 }
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["", "no_grad"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize(
     ("ndim", "shape"), [(d, s) for d in MODULE_INPUTS for s in MODULE_INPUTS[d]]
 )
-def test_module_error_is_torchs_and_the_state_stays(ndim, shape, training, device) -> None:
+def test_module_error_is_torchs_and_the_state_stays(ndim, shape, training, grad, device) -> None:
     """The counter too, which torch.nn increments before it checks."""
     theirs = getattr(nn, f"BatchNorm{ndim}d")(3, device=device).train(training)
     ours = getattr(bnext, f"BatchNorm{ndim}d")(3, device=device).train(training)
@@ -110,7 +111,8 @@ def test_module_error_is_torchs_and_the_state_stays(ndim, shape, training, devic
     expected = outcome(theirs, {"input": x})
     for module in (ours, act):
         before = {k: v.clone() for k, v in module.state_dict().items()}
-        error = outcome(module, {"input": x})
+        with torch.set_grad_enabled(grad):
+            error = outcome(module, {"input": x})
         assert type(error) is type(expected), (error, expected)
         if error is not None:
             assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())

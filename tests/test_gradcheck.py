@@ -55,6 +55,12 @@ def check(case: Case, training: bool, relu: bool, wanted: tuple[bool, ...] = (Tr
 
     assert torch.autograd.gradcheck(function, inputs, fast_mode=False)
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+    # gradgradcheck only asks the derivative that is differentiated again to fit itself.
+    plain = torch.autograd.grad(function(*inputs), inputs, case.grad_out)
+    differentiable = torch.autograd.grad(
+        function(*inputs), inputs, case.grad_out, create_graph=True
+    )
+    torch.testing.assert_close(differentiable, plain, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
