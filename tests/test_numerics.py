@@ -1,6 +1,7 @@
 """The ladder: inputs on which sums of squares, float32 accumulators or shared state go wrong."""
 
 import math
+import os
 
 import pytest
 import torch
@@ -282,11 +283,11 @@ def test_half_precision_conversion_rounds_to_nearest_even(dtype, device) -> None
     bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
     x = bits[bits.isfinite()].reshape(-1, 1).to(device)
     mean, var = torch.zeros(1, device=device), torch.ones(1, device=device)
-    y = batch_norm(x, mean, var, eps=0.0)
+    y = batch_norm(x, mean, var, eps=1e-30)
     assert torch.equal(y, x)
-    half = batch_norm(x, mean, var * 4, eps=0.0)
+    half = batch_norm(x, mean, var * 4, eps=1e-30)
     assert torch.equal(half, (x.float() / 2).to(dtype))
-    third = batch_norm(x, mean, var, torch.full((1,), 1 / 3, device=device), None, eps=0.0)
+    third = batch_norm(x, mean, var, torch.full((1,), 1 / 3, device=device), None, eps=1e-30)
     assert torch.equal(third, (x.float() * (1 / 3)).to(dtype))
 
 
@@ -298,3 +299,22 @@ def test_more_rows_than_one_float32_counter_holds(device) -> None:
     batch_norm(x, mean, var, training=True, momentum=1.0)
     assert float(mean) == 2.0
     assert float(var) == pytest.approx(1.0, rel=1e-6)
+
+
+@pytest.mark.skipif(
+    os.environ.get("BNEXT_TEST_LARGE") != "1", reason="takes 10 GB and a minute: BNEXT_TEST_LARGE=1"
+)
+@pytest.mark.parametrize("memory_format", FORMATS, ids=FORMAT_IDS)
+def test_more_elements_than_32_bits_count(memory_format, device) -> None:
+    """Two channels of 2^30 values and some, of 2 +- 1 and 1 +- 1; its ends are told."""
+    x = torch.zeros((2, 2, 2**26 + 3, 8), dtype=torch.float16, device=device)
+    x = x.to(memory_format=memory_format)
+    x[:, 0] = 1
+    x[0] += 2
+    x[1, 1, -1, -1] = 4
+    assert x.numel() > 2**31
+    mean, var = torch.zeros(2, device=device), torch.zeros(2, device=device)
+    y = batch_norm(x, mean, var, training=True, momentum=1.0)
+    assert mean.tolist() == [2, 1] and var.tolist() == [1, 1]
+    assert y[1, :, -1, -1].tolist() == [-1, 3]
+    assert y[0, :, 0, 0].tolist() == [1, 1] and y[1, :, 0, 0].tolist() == [-1, -1]
