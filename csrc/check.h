@@ -6,9 +6,10 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -24,7 +25,17 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Sizes = std::vector<int64_t>;
 
-#define BNEXT_CHECK(condition, ...) STD_TORCH_CHECK(condition, "bnext: ", __VA_ARGS__)
+// As STD_TORCH_CHECK, without the path of this file in the user's message.
+#define BNEXT_CHECK(condition, ...) \
+  if (!(condition)) [[unlikely]]    \
+  ::bnext::fail("bnext: ", __VA_ARGS__)
+
+template <class... Parts>
+[[noreturn]] inline void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw std::runtime_error(message.str());
+}
 
 // Calls a shim function and keeps the text of its error, which torch's own macro drops below 2.13:
 // a user must be able to read that memory ran out.
@@ -67,18 +78,14 @@ inline const char* dtype_name(ScalarType t) {
 }
 
 inline DType check_dtype(const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      break;
-  }
+  static const int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64(),
+                       bf16 = aoti_torch_dtype_bfloat16(), f16 = aoti_torch_dtype_float16();
+  int32_t code;
+  BNEXT_SHIM(aoti_torch_get_dtype(t.get(), &code));
+  if (code == f32) return DType::kFloat32;
+  if (code == bf16) return DType::kBFloat16;
+  if (code == f16) return DType::kFloat16;
+  if (code == f64) return DType::kFloat64;
   BNEXT_CHECK(false, name, ": expected float32, float64, bfloat16 or float16, got ",
               dtype_name(t.scalar_type()));
 }
@@ -208,23 +215,23 @@ inline Tensor check_like_input(const char* name, const Tensor& t, const Tensor& 
   return as_dense(t, channels_last);
 }
 
-inline void check_param(const char* name, const Tensor& t, const Tensor& input) {
+inline DType check_param(const char* name, const Tensor& t, const Tensor& input) {
   check_device(name, t, input);
   const int64_t c = input.sizes()[1];
   BNEXT_CHECK(t.dim() == 1 && t.sizes()[0] == c, name, ": expected shape [", c,
               "], one value per channel of input, got ", shape_string(t));
-  const DType dtype = check_dtype(name, t);
-  const bool half = element_size(check_dtype("input", input)) == 2;
-  BNEXT_CHECK(t.scalar_type() == input.scalar_type() || (half && dtype == DType::kFloat32), name,
-              ": expected dtype ", dtype_name(input.scalar_type()), half ? " or float32" : "",
-              " for ", dtype_name(input.scalar_type()), " input, got ",
-              dtype_name(t.scalar_type()));
+  const DType dtype = check_dtype(name, t), input_dtype = check_dtype("input", input);
+  const bool half = element_size(input_dtype) == 2;
+  BNEXT_CHECK(dtype == input_dtype || (half && dtype == DType::kFloat32), name, ": expected dtype ",
+              dtype_name(input.scalar_type()), half ? " or float32" : "", " for ",
+              dtype_name(input.scalar_type()), " input, got ", dtype_name(t.scalar_type()));
+  return dtype;
 }
 
 inline ParamIn check_param_in(const char* name, const OptionalTensor& t, const Tensor& input) {
   if (!t) return {};
-  check_param(name, *t, input);
-  return {t->const_data_ptr(), t->strides()[0], check_dtype(name, *t)};
+  const DType dtype = check_param(name, *t, input);
+  return {t->const_data_ptr(), t->strides()[0], dtype};
 }
 
 // Checked now; its memory is only asked for (which may copy a copy-on-write tensor) once all checks

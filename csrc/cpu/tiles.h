@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "vec.h"
+#include "vec_memory.h"
 
 namespace bnext::BNEXT_ISA_NAMESPACE {
 
