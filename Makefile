@@ -1,6 +1,6 @@
 # Every target makes its own environment in $(VENV) from a bare python3:
 #   make test                         the tests
-#   make demo                         the benchmark, then a network trained on real data
+#   make demo                         a quick benchmark, then a network trained on real data
 #   make test TORCH="torch==2.13.0"   with that torch (default: the newest)
 PYTHON ?= python3
 TORCH ?= torch
@@ -35,7 +35,7 @@ test: build
 	python -m pytest $(PYTEST_ARGS)
 
 demo: build
-	python -m benchmarks
+	python -m benchmarks --quick
 	python -m benchmarks train
 
 bench-quick: build
