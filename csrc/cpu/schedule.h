@@ -90,12 +90,13 @@ class Schedule {
 
   // args.momentum is resolved here: the counter must move whatever the plan.
   void train_forward(const ForwardArgs& args) {
+    // Scratch comes first: where memory runs out, nothing may have been counted.
+    Arrays<double> partials(2 * p_.slices, p_.lanes);
+    Arrays<C> coefficients(3, p_.lanes);
     double factor = args.momentum;
     if (args.num_batches_tracked) ++*args.num_batches_tracked;
     if (std::isnan(factor))
       factor = args.num_batches_tracked ? 1 / static_cast<double>(*args.num_batches_tracked) : 0;
-    Arrays<double> partials(2 * p_.slices, p_.lanes);
-    Arrays<C> coefficients(3, p_.lanes);
     const ForwardLanes lanes{coefficients[0], coefficients[1], coefficients[2]};
 
     const auto reduce = [&](int64_t slice, int64_t lane0, int64_t lane1) {
