@@ -62,9 +62,79 @@ inline constexpr int64_t kHugePageMinBytes = 4 << 20;
 
 CpuPlan plan_cpu(const Problem& problem, const CpuInfo& cpu);
 
+struct CudaInfo {
+  int capability;  // compute capability times 10: 80, 90, 100, 120
+  int sms;
+  int64_t shared_bytes_per_sm, shared_bytes_per_block;  // the latter with the opt-in attribute
+  int64_t l2_bytes;
+  int max_cluster_blocks;  // 1: none
+
+  bool operator==(const CudaInfo&) const = default;
+};
+
+// The blocks that own a group of channels together, and how they exchange their sums.
+enum class Team : uint8_t {
+  kBlock,    // one block
+  kCluster,  // a thread-block cluster, through distributed shared memory
+  kGrid,     // blocks of a cooperative launch, through global memory
+  kStream,   // blocks of separate launches, through global memory
+};
+
+// Memory is a matrix of rows, and a row is cut into accesses of `vector` adjacent elements
+// ("items").
+//   rows:    a row is a segment of one channel in one sample: rows = N * segments, of segment_width
+//            elements (the last segment of a sample may be shorter). `threads / group` adjacent
+//            threads own one channel of the group: thread t takes items t, t + threads / group, ...
+//            of the channel's rows, an item row being padded to whole bytes of a ReLU mask.
+//   columns: a row is everything between two pixels (channels_last, a lane is a channel) or two
+//            samples (short rows: a lane is one pixel of a channel). A group is `group_lanes`
+//            adjacent lanes = columns of items; thread t owns item column t % columns and takes
+//            rows t / columns, + threads / columns, ...
+// A block of a team owns rows_per_block adjacent rows of the group, the last one fewer.
+struct CudaPlan {
+  Family family;
+  IndexMap map;
+  Team team;
+  int vector;                 // elements per access; divides every row
+  int threads;                // per block
+  int64_t lanes_per_channel;  // columns: HW where short rows are taken as columns, else 1
+  int64_t rows;               // of the matrix
+  int64_t segments, segment_width;  // rows: of a sample's channel
+  int64_t group;                    // channels of a group, the last one fewer
+  int64_t groups;
+  int64_t columns;  // columns: items of a group side by side
+  int64_t team_blocks;
+  int64_t teams;  // at work side by side; each takes every teams-th group
+  int64_t rows_per_block;
+  int64_t items_per_thread;   // resident: what a thread keeps of each operand
+  int64_t groups_per_launch;  // streaming: what the L2 keeps from the first read to the second
+  int64_t launches;
+  int64_t shared_bytes, workspace_bytes;
+  int64_t bytes_moved, bytes_floor;
+
+  int64_t group_lanes() const { return group * lanes_per_channel; }
+  bool operator==(const CudaPlan&) const = default;
+};
+
+// What kernels and plan agree on.
+inline constexpr int kMaxCudaThreads = 512;
+inline constexpr int kWarpThreads = 32;
+inline constexpr int kMaskBits = 8;  // elements of a row whose mask bits share a byte
+inline constexpr int64_t kMaxGroupLanes = 512;
+// Bytes of a block's partial result of one lane, and of the coefficients of a channel (see
+// exchange.cuh).
+inline constexpr int64_t kPartialBytes = 24;
+inline constexpr int64_t kCoefficients = 8;
+// Shared memory for joining the threads of a block: partial results of this many lanes.
+inline constexpr int64_t kJoinLanes = 512;
+
+CudaPlan plan_cuda(const Problem& problem, const CudaInfo& cuda);
+
 std::string to_string(Isa isa);
 std::string to_string(Family family);
 std::string to_string(IndexMap map);
+std::string to_string(Team team);
 std::string to_string(const CpuPlan& plan);
+std::string to_string(const CudaPlan& plan);
 
 }  // namespace bnext
