@@ -73,12 +73,38 @@ __device__ inline void wait_for_copies() {
   __pipeline_wait_prior(kPending);
 }
 
-// Loads of what is not read again soon, and stores of what is not read again by this kernel: they
-// do not push out of the caches what will be.
+// Accesses of 2, 4, 8 or 16 bytes; a load or store of T is one instruction.
+template <int kBytes>
+struct Word;
+template <>
+struct Word<2> {
+  using type = unsigned short;
+};
+template <>
+struct Word<4> {
+  using type = unsigned;
+};
+template <>
+struct Word<8> {
+  using type = uint2;
+};
+template <>
+struct Word<16> {
+  using type = uint4;
+};
+
+// Loads and stores of what this kernel does not touch again: the first to leave the caches.
 template <class T>
-__device__ inline T load_streaming(const T* global);
+__device__ inline T load_streaming(const T* global) {
+  using W = typename Word<sizeof(T)>::type;
+  const W word = __ldcs(reinterpret_cast<const W*>(global));
+  return reinterpret_cast<const T&>(word);
+}
 template <class T>
-__device__ inline void store_streaming(T* global, T value);
+__device__ inline void store_streaming(T* global, const T& value) {
+  using W = typename Word<sizeof(T)>::type;
+  __stcs(reinterpret_cast<W*>(global), reinterpret_cast<const W&>(value));
+}
 
 struct LaunchShape {
   int64_t blocks;

@@ -14,6 +14,9 @@ int launch_forward(const CudaPlan& plan, const Problem& problem, const ForwardAr
 int launch_backward(const CudaPlan& plan, const Problem& problem, const BackwardArgs& args,
                     void* workspace, void* stream);
 
+// One more batch, where there is nothing to normalise.
+int launch_count(int64_t* num_batches_tracked, void* stream);
+
 int query_cuda_info(int device, CudaInfo& info);
 const char* cuda_error_string(int error);
 
