@@ -28,9 +28,13 @@ __device__ inline SharedLayout shared_layout(const CudaPlan& plan, int64_t slab_
 
 // Joins the partial results of a block's threads and leaves them in partials[lane of the group].
 // Threads of one lane fold in rounds of as many as the scratch memory holds.
-template <class P, class Items, int kLanes>
-__device__ inline void join_threads(P (&sums)[kLanes], const Items& items, const CudaPlan& plan,
-                                    const SharedLayout& shared) {
+template <class P, class Sums, class Items>
+__device__ inline void join_threads(const Sums& thread_sums, const Items& items,
+                                    const CudaPlan& plan, const SharedLayout& shared) {
+  constexpr int kLanes = Items::kLanes;
+  P sums[kLanes];
+#pragma unroll
+  for (int v = 0; v < kLanes; ++v) sums[v] = thread_sums.of(v);
   if constexpr (Items::kWholeWarps)
     for (int d = kWarpThreads / 2; d > 0; d /= 2) sums[0] = join(sums[0], shuffled(sums[0], d));
   P* const scratch = static_cast<P*>(shared.scratch);

@@ -116,9 +116,10 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
 
 // Adds items [first, last) of a thread to the moments of its lanes.
 template <class T, int V, class Items, class Source>
-__device__ inline void add_items(Moments<double> (&sums)[Items::kLanes], const Items& items,
-                                 int first, int last, const Source& source) {
+__device__ inline void add_items(const Items& items, int first, int last, const Source& source,
+                                 ThreadMoments<Items::kLanes>& sums) {
   Item item = items.at(first);
+#pragma unroll 1
   for (int k = first; k < last; k += kTileItems) {
     Tile<T, V> tile;
 #pragma unroll
@@ -128,6 +129,33 @@ __device__ inline void add_items(Moments<double> (&sums)[Items::kLanes], const I
       items.advance(item);
     }
     add_tile(sums, tile);
+  }
+}
+
+// Sums the lanes that did not fit in floats again, in double.
+template <class T, int V, class Items, class Source>
+__device__ inline void settle(const Items& items, const Source& source,
+                              ThreadMoments<Items::kLanes>& sums) {
+  if constexpr (sizeof(compute_t<T>) < sizeof(double)) {
+#pragma unroll
+    for (int lane = 0; lane < Items::kLanes; ++lane)
+      if (sums.unfit >> lane & 1) {
+        bool fits;
+        const Moments<double> m = two_pass<double>(
+            static_cast<int>(sums.count),
+            [&](const auto& f) {
+              Item item = items.at(0);
+#pragma unroll 1
+              for (int k = 0; k < items.iterations(); ++k, items.advance(item)) {
+                if (!items.valid(item)) continue;
+                const T* const x = source.at(k, items.offset(item));
+                for (int v = lane; v < V; v += Items::kLanes) f(to_compute(x[v]));
+              }
+            },
+            fits);
+        sums.mean[lane] = m.mean;
+        sums.m2[lane] = m.m2;
+      }
   }
 }
 
@@ -147,18 +175,19 @@ __global__ void __launch_bounds__(kMaxCudaThreads)
   for (int64_t turn = 0; turn * plan.teams < plan.groups; ++turn) {
     const int64_t group = turn * plan.teams + team, channel0 = group * plan.group;
     const Items items(call.problem, plan, group, rank);
-    Moments<double> sums[Items::kLanes] = {};
-    load_and_reduce<T, V, 1>(items, {static_cast<const T*>(call.args.input)}, {slab},
-                             [&](int first, int last) {
-                               add_items<T, V>(sums, items, first, last, SharedSource<T, V>{slab});
-                             });
-    join_threads(sums, items, plan, shared);
+    ThreadMoments<Items::kLanes> sums;
+    const SharedSource<T, V> source{slab};
+    load_and_reduce<T, V, 1>(
+        items, {static_cast<const T*>(call.args.input)}, {slab},
+        [&](int first, int last) { add_items<T, V>(items, first, last, source, sums); });
+    settle<T, V>(items, source, sums);
+    join_threads<Moments<double>>(sums, items, plan, shared);
     exchange<Moments<double>>(plan, shared, call.workspace, channels_of(call.problem, plan, group),
                               team, rank, turn, [&](int channel, const Moments<double>& m) {
                                 coefficients[channel] =
                                     finish_forward<C>(call, channel0 + channel, m, rank == 0);
                               });
-    apply_forward<T, V>(call, items, coefficients, channel0, SharedSource<T, V>{slab});
+    apply_forward<T, V>(call, items, coefficients, channel0, source);
     sync_block();  // before the coefficients of the next turn
   }
 }
@@ -172,10 +201,11 @@ __global__ void __launch_bounds__(kMaxCudaThreads)
   const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
   if (call.first_group == 0) count_batch(call.args);
   const Items items(call.problem, plan, call.first_group + team, rank);
-  Moments<double> sums[Items::kLanes] = {};
-  add_items<T, V>(sums, items, 0, items.iterations(),
-                  GlobalSource<T, V>{static_cast<const T*>(call.args.input)});
-  join_threads(sums, items, plan, shared);
+  ThreadMoments<Items::kLanes> sums;
+  const GlobalSource<T, V> source{static_cast<const T*>(call.args.input)};
+  add_items<T, V>(items, 0, items.iterations(), source, sums);
+  settle<T, V>(items, source, sums);
+  join_threads<Moments<double>>(sums, items, plan, shared);
   publish<Moments<double>>(plan, shared,
                            workspace_of<Moments<double>>(call.workspace, plan, team, rank));
 }
