@@ -113,7 +113,7 @@ struct CudaPlan {
   int64_t shared_bytes, workspace_bytes;
   int64_t bytes_moved, bytes_floor;
 
-  int64_t group_lanes() const { return group * lanes_per_channel; }
+  constexpr int64_t group_lanes() const { return group * lanes_per_channel; }
   bool operator==(const CudaPlan&) const = default;
 };
 
