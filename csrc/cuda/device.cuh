@@ -20,14 +20,24 @@ namespace bnext {
 using float16 = __half;
 using bfloat16 = __nv_bfloat16;
 
-__device__ inline float to_float(float16 x) { return __half2float(x); }
-__device__ inline float to_float(bfloat16 x) { return __bfloat162float(x); }
-__device__ inline void from_float(float x, float16& y) { y = __float2half_rn(x); }
-__device__ inline void from_float(float x, bfloat16& y) { y = __float2bfloat16_rn(x); }
+__device__ inline float to_float(float16 x) {
+  return __half2float(x);
+}
+__device__ inline float to_float(bfloat16 x) {
+  return __bfloat162float(x);
+}
+__device__ inline void from_float(float x, float16& y) {
+  y = __float2half_rn(x);
+}
+__device__ inline void from_float(float x, bfloat16& y) {
+  y = __float2bfloat16_rn(x);
+}
 
 // Barriers of all threads of a block, of a cluster's blocks, of a cooperative launch's blocks. Each
 // orders the memory they share: shared, distributed shared, global.
-__device__ inline void sync_block() { __syncthreads(); }
+__device__ inline void sync_block() {
+  __syncthreads();
+}
 
 __device__ inline void sync_cluster() {
 #if __CUDA_ARCH__ >= 900
@@ -35,7 +45,9 @@ __device__ inline void sync_cluster() {
 #endif
 }
 
-__device__ inline void sync_grid() { cooperative_groups::this_grid().sync(); }
+__device__ inline void sync_grid() {
+  cooperative_groups::this_grid().sync();
+}
 
 // v of the lane whose number differs in the bits of `lane_bits`; all 32 lanes of a warp call it.
 template <class T>
@@ -66,7 +78,9 @@ template <int kBytes>
 __device__ inline void copy_async(void* shared, const void* global) {
   __pipeline_memcpy_async(shared, global, kBytes);
 }
-__device__ inline void commit_copies() { __pipeline_commit(); }
+__device__ inline void commit_copies() {
+  __pipeline_commit();
+}
 // Waits for all but the last kPending committed batches of this thread.
 template <int kPending>
 __device__ inline void wait_for_copies() {

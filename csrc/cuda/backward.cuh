@@ -1,0 +1,396 @@
+// The backward kernels.
+//
+//   resident  one launch, 3E: a team of blocks loads x and dy of a group of channels into its
+//             shared memory, sums there, exchanges the sums, writes dx from shared memory.
+//   reduce    5E, or 3E where the L2 keeps the group: sums of each block's rows to the workspace;
+//   + apply   then every block joins its group's and writes its rows of dx.
+//   reduce    frozen statistics with gradients of the parameters, 3E: dx does not wait for the
+//   + finish  sums, so the reduction writes it.
+//   apply     frozen statistics, dx alone.
+#pragma once
+
+#include "exchange.cuh"
+#include "launch.h"
+#include "slab.cuh"
+
+namespace bnext {
+
+using BackwardCall = Call<BackwardArgs>;
+
+// Items in flight: each is a load of x and one of dy. Fewer where they are wide: registers are what
+// limits these kernels.
+template <class T, int V>
+inline constexpr int kBackwardItems = sizeof(Pack<T, V>) >= 16 ? 2 : 4;
+
+template <class C>
+struct BackwardCoefficients {
+  Affine<C> affine;  // the forward's
+  InputGrad<C> grad;
+};
+
+__device__ inline bool is_frozen(const BackwardArgs& args) {
+  return !args.save_stats;
+}
+__device__ inline double mean_of(const BackwardArgs& args, int64_t c) {
+  return is_frozen(args) ? read(args.running_mean, c, 0) : args.save_stats[c];
+}
+__device__ inline double invstd_of(const BackwardCall& call, int64_t c) {
+  const BackwardArgs& args = call.args;
+  return is_frozen(args) ? 1 / sqrt(read(args.running_var, c, 1) + args.eps)
+                         : args.save_stats[call.problem.c + c];
+}
+
+// The coefficients that need no sums; dx = a * dy where the statistics are frozen. Ends with a
+// barrier.
+template <class C>
+__device__ inline void set_coefficients(const BackwardCall& call, int64_t channel0, int channels,
+                                        BackwardCoefficients<C>* coefficients) {
+  const BackwardArgs& args = call.args;
+  for (int i = static_cast<int>(threadIdx.x); i < channels; i += call.plan.threads) {
+    const int64_t c = channel0 + i;
+    const double mean = mean_of(args, c), invstd = invstd_of(call, c);
+    const double weight = read(args.weight, c, 1);
+    coefficients[i] = {make_affine<C>(mean, invstd, weight, read(args.bias, c, 0)),
+                       make_input_grad<C>(mean, invstd, weight, 0, 0)};
+  }
+  sync_block();
+}
+
+// dx's coefficients of a channel, from its sums; `writes`: and its parameters' gradients.
+template <class C>
+__device__ inline InputGrad<C> finish_backward(const BackwardCall& call, int64_t c, GradSums sums,
+                                               bool writes) {
+  const BackwardArgs& args = call.args;
+  const double mean = mean_of(args, c), invstd = invstd_of(call, c);
+  sums.dy_xmu -= (mean - static_cast<double>(static_cast<C>(mean))) * sums.dy;
+  if (writes) {
+    write(args.grad_weight, c, sums.dy_xmu * invstd);
+    write(args.grad_bias, c, sums.dy);
+  }
+  const double count = static_cast<double>(call.problem.count());
+  return make_input_grad<C>(mean, invstd, read(args.weight, c, 1), sums.dy / count,
+                            sums.dy_xmu / count);
+}
+
+// Some of a thread's items in registers: dy behind the ReLU, and x.
+template <class T, int V>
+struct GradTile {
+  static constexpr int kItems = kBackwardItems<T, V>;
+  Pack<T, V> x[kItems], dy[kItems];
+  Item at[kItems];
+  bool valid[kItems];
+};
+
+// Whether the ReLU let element v of an item pass: by the mask, or by the sign of z, computed from x
+// as the forward did.
+template <class C, class Items>
+__device__ inline bool passes(const BackwardCall& call, const Items& items, const Item& item, int v,
+                              const Affine<C>& affine, C x) {
+  if (!call.problem.relu) return true;
+  if (!call.args.relu_mask) return passes_relu(apply(affine, x));
+  constexpr int V = Items::kElements;
+  return own_mask_bits<V>(call.args.relu_mask[items.mask_offset(item)]) >> v & 1;
+}
+
+// Loads the items k, k + direction, ... that lie in [first, last), and takes dy through the ReLU.
+template <class T, int V, class Items, class Source>
+__device__ inline void load_tile(const BackwardCall& call, const Items& items,
+                                 const Affine<compute_t<T>> (&affine)[Items::kLanes],
+                                 const Source& x, const Source& dy, bool reads_x, Item& item, int k,
+                                 int first, int last, int direction, GradTile<T, V>& tile) {
+  using C = compute_t<T>;
+#pragma unroll
+  for (int i = 0; i < tile.kItems; ++i) {
+    const int j = k + direction * i;
+    tile.at[i] = item;
+    tile.valid[i] = j >= first && j < last && items.valid(item);
+    if (tile.valid[i]) {
+      const int64_t offset = items.offset(item);
+      if (reads_x) tile.x[i] = x(j, offset);
+      tile.dy[i] = dy(j, offset);
+    }
+    if (direction > 0)
+      items.advance(item);
+    else
+      items.retreat(item);
+  }
+  if (!call.problem.relu) return;
+#pragma unroll
+  for (int i = 0; i < tile.kItems; ++i)
+    if (tile.valid[i]) {
+#pragma unroll
+      for (int v = 0; v < V; ++v)
+        if (!passes(call, items, tile.at[i], v, affine[v % Items::kLanes],
+                    static_cast<C>(to_compute(tile.x[i].v[v]))))
+          tile.dy[i].v[v] = from_compute<T>(C(0));
+    }
+}
+
+// Sums of the products for which `f` calls its argument, in accumulators of A; true where A was
+// wide enough for them.
+template <class A, class C, class ForEach>
+__device__ inline bool sum_products(C mean, const ForEach& for_each, GradSums& sums) {
+  A dy_sum = 0, dy_xmu_sum = 0;
+  bool zero = true;
+  for_each([&](C x, C dy) {
+    const C xmu = x - mean;
+    dy_sum += static_cast<A>(dy);
+    dy_xmu_sum = fma(static_cast<A>(dy), static_cast<A>(xmu), dy_xmu_sum);
+  });
+  sums = {static_cast<double>(dy_sum), static_cast<double>(dy_xmu_sum)};
+  if (fits_float(dy_xmu_sum)) return true;
+  for_each([&](C x, C dy) { zero &= dy == 0 || x == mean; });
+  return zero;
+}
+
+// Adds a tile to the sums of a thread's lanes.
+template <class T, int V, int kLanes>
+__device__ inline void add_tile(ThreadGradSums<kLanes>& sums, const GradTile<T, V>& tile,
+                                const Affine<compute_t<T>> (&affine)[kLanes]) {
+  using C = compute_t<T>;
+#pragma unroll
+  for (int lane = 0; lane < kLanes; ++lane) {
+    GradSums tile_sums;
+    const bool fits = sum_products<C>(
+        affine[lane].mean,
+        [&](const auto& f) {
+#pragma unroll
+          for (int i = 0; i < tile.kItems; ++i)
+            if (tile.valid[i]) {
+#pragma unroll
+              for (int v = lane; v < V; v += kLanes)
+                f(static_cast<C>(to_compute(tile.x[i].v[v])),
+                  static_cast<C>(to_compute(tile.dy[i].v[v])));
+            }
+        },
+        tile_sums);
+    sums.unfit |= static_cast<unsigned>(!fits) << lane;
+    sums.lanes[lane] = join(sums.lanes[lane], tile_sums);
+  }
+}
+
+// Sums the lanes that did not fit in floats again, in double.
+template <class T, int V, class Items, class Source>
+__device__ inline void settle(const BackwardCall& call, const Items& items,
+                              const Affine<compute_t<T>> (&affine)[Items::kLanes], const Source& x,
+                              const Source& dy, ThreadGradSums<Items::kLanes>& sums) {
+  using C = compute_t<T>;
+  if constexpr (sizeof(C) < sizeof(double)) {
+#pragma unroll
+    for (int lane = 0; lane < Items::kLanes; ++lane)
+      if (sums.unfit >> lane & 1)
+        sum_products<double>(
+            affine[lane].mean,
+            [&](const auto& f) {
+              Item item = items.at(0);
+#pragma unroll 1
+              for (int k = 0; k < items.iterations(); ++k, items.advance(item)) {
+                if (!items.valid(item)) continue;
+                const int64_t offset = items.offset(item);
+                for (int v = lane; v < V; v += Items::kLanes) {
+                  const C value = static_cast<C>(to_compute(x.at(k, offset)[v]));
+                  if (passes(call, items, item, v, affine[lane], value))
+                    f(value, static_cast<C>(to_compute(dy.at(k, offset)[v])));
+                }
+              }
+            },
+            sums.lanes[lane]);
+  }
+}
+
+// Stores dx and the residual's gradient of a tile. With frozen statistics dx does not depend on x,
+// not even where x is inf or nan.
+template <class T, int V, class Items>
+__device__ inline void store_tile(const BackwardCall& call, const Items& items,
+                                  const InputGrad<compute_t<T>> (&grad)[Items::kLanes],
+                                  const GradTile<T, V>& tile) {
+  using C = compute_t<T>;
+  const BackwardArgs& args = call.args;
+#pragma unroll
+  for (int i = 0; i < tile.kItems; ++i)
+    if (tile.valid[i]) {
+      const int64_t offset = items.offset(tile.at[i]);
+      if (args.grad_input) {
+        Pack<T, V> dx;
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          const InputGrad<C>& g = grad[v % Items::kLanes];
+          const C dy = static_cast<C>(to_compute(tile.dy[i].v[v]));
+          dx.v[v] = from_compute<T>(is_frozen(args)
+                                        ? g.a * dy
+                                        : apply(g, dy, static_cast<C>(to_compute(tile.x[i].v[v]))));
+        }
+        store_streaming(reinterpret_cast<Pack<T, V>*>(static_cast<T*>(args.grad_input) + offset),
+                        dx);
+      }
+      if (args.grad_residual)
+        store_streaming(reinterpret_cast<Pack<T, V>*>(static_cast<T*>(args.grad_residual) + offset),
+                        tile.dy[i]);
+    }
+}
+
+// A thread's own copy of its lanes' coefficients.
+template <class C, int kLanes>
+struct LaneCoefficients {
+  Affine<C> affine[kLanes];
+  InputGrad<C> grad[kLanes];
+
+  template <class Items>
+  __device__ LaneCoefficients(const Items& items, const Problem& problem, int64_t channel0,
+                              const BackwardCoefficients<C>* coefficients) {
+#pragma unroll
+    for (int lane = 0; lane < kLanes; ++lane)
+      if (items.channel(lane) < problem.c) {
+        const BackwardCoefficients<C>& of_channel = coefficients[items.channel(lane) - channel0];
+        affine[lane] = of_channel.affine;
+        grad[lane] = of_channel.grad;
+        grad[lane].mean = affine[lane].mean;  // the same value in the same register
+      }
+  }
+};
+
+// Adds items [first, last) of a thread to the sums of its lanes; frozen: and writes their dx.
+template <class T, int V, class Items, class Source>
+__device__ inline void add_items(const BackwardCall& call, const Items& items,
+                                 const LaneCoefficients<compute_t<T>, Items::kLanes>& lanes,
+                                 int first, int last, const Source& x, const Source& dy,
+                                 ThreadGradSums<Items::kLanes>& sums) {
+  constexpr int kItems = kBackwardItems<T, V>;
+  Item item = items.at(first);
+#pragma unroll 1
+  for (int k = first; k < last; k += kItems) {
+    GradTile<T, V> tile;
+    load_tile(call, items, lanes.affine, x, dy, true, item, k, first, last, 1, tile);
+    add_tile(sums, tile, lanes.affine);
+    if (is_frozen(call.args)) store_tile(call, items, lanes.grad, tile);
+  }
+}
+
+// dx of a thread's items, last items first: what a reduction read last is still in the caches.
+template <class T, int V, class Items, class Source>
+__device__ inline void apply_backward(const BackwardCall& call, const Items& items,
+                                      const LaneCoefficients<compute_t<T>, Items::kLanes>& lanes,
+                                      const Source& x, const Source& dy) {
+  if (!call.args.grad_input && !call.args.grad_residual) return;
+  const bool recomputes = call.problem.relu && !call.args.relu_mask;
+  const bool reads_x = recomputes || !is_frozen(call.args);
+  const int count = items.iterations();
+  Item item = items.at(count - 1);
+  for (int k = count - 1; k >= 0; k -= kBackwardItems<T, V>) {
+    GradTile<T, V> tile;
+    load_tile(call, items, lanes.affine, x, dy, reads_x, item, k, 0, count, -1, tile);
+    store_tile(call, items, lanes.grad, tile);
+  }
+}
+
+template <class T, int V, IndexMap kMap>
+__global__ void __launch_bounds__(kMaxCudaThreads)
+    batch_norm_resident_backward_kernel(const __grid_constant__ BackwardCall call) {
+  using C = compute_t<T>;
+  using Items = typename ItemsOf<kMap, V>::type;
+  const CudaPlan& plan = call.plan;
+  const int64_t slab_items = plan.items_per_thread * plan.threads;
+  const SharedLayout shared = shared_layout(plan, 2 * slab_items * sizeof(Pack<T, V>));
+  Pack<T, V>* const x_slab = reinterpret_cast<Pack<T, V>*>(shared.slabs);
+  Pack<T, V>* const dy_slab = x_slab + slab_items;
+  const SharedSource<T, V> x{x_slab}, dy{dy_slab};
+  auto* const coefficients = static_cast<BackwardCoefficients<C>*>(shared.coefficients);
+  const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
+  // As many turns for every block: those without a group still meet the others.
+  for (int64_t turn = 0; turn * plan.teams < plan.groups; ++turn) {
+    const int64_t group = turn * plan.teams + team, channel0 = group * plan.group;
+    const int channels = channels_of(call.problem, plan, group);
+    const Items items(call.problem, plan, group, rank);
+    set_coefficients(call, channel0, channels, coefficients);
+    ThreadGradSums<Items::kLanes> sums;
+    {
+      const LaneCoefficients<C, Items::kLanes> lanes(items, call.problem, channel0, coefficients);
+      load_and_reduce<T, V, 2>(
+          items,
+          {static_cast<const T*>(call.args.input), static_cast<const T*>(call.args.grad_out)},
+          {x_slab, dy_slab}, [&](int first, int last) {
+            add_items<T, V>(call, items, lanes, first, last, x, dy, sums);
+          });
+      settle<T, V>(call, items, lanes.affine, x, dy, sums);
+    }
+    join_threads<GradSums>(sums, items, plan, shared);
+    exchange<GradSums>(plan, shared, call.workspace, channels, team, rank, turn,
+                       [&](int channel, const GradSums& all) {
+                         coefficients[channel].grad =
+                             finish_backward<C>(call, channel0 + channel, all, rank == 0);
+                       });
+    const LaneCoefficients<C, Items::kLanes> lanes(items, call.problem, channel0, coefficients);
+    apply_backward<T, V>(call, items, lanes, x, dy);
+    sync_block();  // before the coefficients of the next turn
+  }
+}
+
+template <class T, int V, IndexMap kMap>
+__global__ void __launch_bounds__(kMaxCudaThreads)
+    batch_norm_reduce_backward_kernel(const __grid_constant__ BackwardCall call) {
+  using C = compute_t<T>;
+  using Items = typename ItemsOf<kMap, V>::type;
+  const CudaPlan& plan = call.plan;
+  const SharedLayout shared = shared_layout(plan, 0);
+  auto* const coefficients = static_cast<BackwardCoefficients<C>*>(shared.coefficients);
+  const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
+  const int64_t group = call.first_group + team, channel0 = group * plan.group;
+  const Items items(call.problem, plan, group, rank);
+  set_coefficients(call, channel0, channels_of(call.problem, plan, group), coefficients);
+  const LaneCoefficients<C, Items::kLanes> lanes(items, call.problem, channel0, coefficients);
+  ThreadGradSums<Items::kLanes> sums;
+  const GlobalSource<T, V> x{static_cast<const T*>(call.args.input)};
+  const GlobalSource<T, V> dy{static_cast<const T*>(call.args.grad_out)};
+  add_items<T, V>(call, items, lanes, 0, items.iterations(), x, dy, sums);
+  settle<T, V>(call, items, lanes.affine, x, dy, sums);
+  join_threads<GradSums>(sums, items, plan, shared);
+  publish<GradSums>(plan, shared, workspace_of<GradSums>(call.workspace, plan, team, rank));
+}
+
+template <class T, int V, IndexMap kMap>
+__global__ void __launch_bounds__(kMaxCudaThreads)
+    batch_norm_apply_backward_kernel(const __grid_constant__ BackwardCall call) {
+  using C = compute_t<T>;
+  using Items = typename ItemsOf<kMap, V>::type;
+  const CudaPlan& plan = call.plan;
+  const SharedLayout shared = shared_layout(plan, 0);
+  auto* const coefficients = static_cast<BackwardCoefficients<C>*>(shared.coefficients);
+  const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
+  const int64_t group = call.first_group + team, channel0 = group * plan.group;
+  const int channels = channels_of(call.problem, plan, group);
+  set_coefficients(call, channel0, channels, coefficients);
+  if (!is_frozen(call.args)) {
+    join_team<GradSums>(
+        plan, channels,
+        [&](int from, int lane) {
+          return workspace_of<GradSums>(call.workspace, plan, team, from)[lane];
+        },
+        [&](int channel, const GradSums& all) {
+          coefficients[channel].grad = finish_backward<C>(call, channel0 + channel, all, rank == 0);
+        });
+    sync_block();
+  }
+  const Items items(call.problem, plan, group, rank);
+  const LaneCoefficients<C, Items::kLanes> lanes(items, call.problem, channel0, coefficients);
+  apply_backward<T, V>(call, items, lanes,
+                       GlobalSource<T, V>{static_cast<const T*>(call.args.input)},
+                       GlobalSource<T, V>{static_cast<const T*>(call.args.grad_out)});
+}
+
+// The parameters' gradients from the sums of a reduction over all groups; a block per group.
+template <class T>
+__global__ void __launch_bounds__(kMaxCudaThreads)
+    batch_norm_finish_backward_kernel(const __grid_constant__ BackwardCall call) {
+  const CudaPlan& plan = call.plan;
+  const int64_t group = blockIdx.x;
+  join_team<GradSums>(
+      plan, channels_of(call.problem, plan, group),
+      [&](int from, int lane) {
+        return workspace_of<GradSums>(call.workspace, plan, group, from)[lane];
+      },
+      [&](int channel, const GradSums& all) {
+        finish_backward<compute_t<T>>(call, group * plan.group + channel, all, true);
+      });
+}
+
+}  // namespace bnext

@@ -1,0 +1,127 @@
+// How partial results meet: threads of a block, then blocks of a team, always in the same order, so
+// that results are the same bit for bit. P is Moments<double> or GradSums, with join() and
+// shuffled().
+#pragma once
+
+#include "geometry.cuh"
+#include "statistics.cuh"
+
+namespace bnext {
+
+static_assert(sizeof(Moments<double>) <= kPartialBytes && sizeof(GradSums) <= kPartialBytes);
+
+// The dynamic shared memory of a block, as CudaPlan::shared_bytes counts it.
+struct SharedLayout {
+  unsigned char* slabs;  // resident: [operands][items_per_thread][threads] accesses
+  void* scratch;         // [kJoinLanes] partial results
+  void* partials;        // [group_lanes] partial results of this block
+  void* coefficients;    // [group]
+};
+
+__device__ inline SharedLayout shared_layout(const CudaPlan& plan, int64_t slab_bytes) {
+  const auto aligned = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
+  unsigned char* const base = shared_memory();
+  unsigned char* const scratch = base + aligned(slab_bytes);
+  unsigned char* const partials = scratch + aligned(kJoinLanes * kPartialBytes);
+  return {base, scratch, partials, partials + aligned(plan.group_lanes() * kPartialBytes)};
+}
+
+// Joins the partial results of a block's threads and leaves them in partials[lane of the group].
+// Threads of one lane fold in rounds of as many as the scratch memory holds.
+template <class P, class Sums, class Items>
+__device__ inline void join_threads(const Sums& thread_sums, const Items& items,
+                                    const CudaPlan& plan, const SharedLayout& shared) {
+  constexpr int kLanes = Items::kLanes;
+  P sums[kLanes];
+#pragma unroll
+  for (int v = 0; v < kLanes; ++v) sums[v] = thread_sums.of(v);
+  if constexpr (Items::kWholeWarps)
+    for (int d = kWarpThreads / 2; d > 0; d /= 2) sums[0] = join(sums[0], shuffled(sums[0], d));
+  P* const scratch = static_cast<P*>(shared.scratch);
+  P* const partials = static_cast<P*>(shared.partials);
+  const int row_lanes = items.joining_lanes(), lane = items.first_lane();
+  const int place = items.joining_place(), scratch_rows = static_cast<int>(kJoinLanes) / row_lanes;
+  for (int live = items.joining_threads(); live > 1;) {
+    const int giving = live / 2 < scratch_rows ? live / 2 : scratch_rows, first = live - giving;
+    if (items.joins() && place >= first && place < live)
+      for (int v = 0; v < kLanes; ++v) scratch[(place - first) * row_lanes + lane + v] = sums[v];
+    sync_block();
+    if (items.joins() && place < giving)
+      for (int v = 0; v < kLanes; ++v)
+        sums[v] = join(sums[v], scratch[place * row_lanes + lane + v]);
+    sync_block();
+    live = first;
+  }
+  if (items.joins() && place == 0)
+    for (int v = 0; v < kLanes; ++v)
+      if (lane + v < plan.group_lanes()) partials[lane + v] = sums[v];
+  sync_block();
+}
+
+// Calls finish(channel of the group, sum) for each channel, on one thread, with the join of
+// get(rank, lane) over all ranks of the team and all lanes of the channel.
+template <class P, class Get, class Finish>
+__device__ inline void join_team(const CudaPlan& plan, int channels, const Get& get,
+                                 const Finish& finish) {
+  const int lanes = static_cast<int>(plan.lanes_per_channel);
+  const int entries = static_cast<int>(plan.team_blocks) * lanes;
+  int width = 1;  // threads of a channel
+  while (width < entries && width < kWarpThreads) width *= 2;
+  for (int base = 0; base < channels * width; base += plan.threads) {
+    const int channel = (base + static_cast<int>(threadIdx.x)) / width;
+    const int first = static_cast<int>(threadIdx.x) % width;
+    P sum{};
+    if (channel < channels)
+      for (int e = first; e < entries; e += width)
+        sum = join(sum, get(e / lanes, channel * lanes + e % lanes));
+    for (int d = width / 2; d > 0; d /= 2) sum = join(sum, shuffled(sum, d));
+    if (channel < channels && first == 0) finish(channel, sum);
+  }
+}
+
+// Where the partial results of a block of a team lie in the workspace.
+template <class P>
+__device__ inline P* workspace_of(void* workspace, const CudaPlan& plan, int64_t team,
+                                  int64_t rank) {
+  return reinterpret_cast<P*>(static_cast<unsigned char*>(workspace) +
+                              (team * plan.team_blocks + rank) * plan.group_lanes() *
+                                  kPartialBytes);
+}
+
+// Copies this block's partials, in shared memory after join_threads, to global memory.
+template <class P>
+__device__ inline void publish(const CudaPlan& plan, const SharedLayout& shared, P* to) {
+  for (int i = static_cast<int>(threadIdx.x); i < plan.group_lanes(); i += plan.threads)
+    to[i] = static_cast<const P*>(shared.partials)[i];
+}
+
+// Publishes this block's partials to its team, and joins the
+// team's for finish(). `turn` counts the exchanges of this launch. Ends with a barrier.
+template <class P, class Finish>
+__device__ inline void exchange(const CudaPlan& plan, const SharedLayout& shared, void* workspace,
+                                int channels, int64_t team, int64_t rank, int64_t turn,
+                                const Finish& finish) {
+  P* const own = static_cast<P*>(shared.partials);
+  if (plan.team == Team::kGrid) {
+    // Two turns apart no block still reads what this one writes: all have met in between.
+    const int64_t slot = turn % 2 * plan.teams + team;
+    publish<P>(plan, shared, workspace_of<P>(workspace, plan, slot, rank));
+    sync_grid();
+    join_team<P>(
+        plan, channels,
+        [&](int from, int lane) { return workspace_of<P>(workspace, plan, slot, from)[lane]; },
+        finish);
+    sync_block();
+  } else if (plan.team == Team::kCluster) {
+    sync_cluster();
+    join_team<P>(
+        plan, channels, [&](int from, int lane) { return in_block_of_cluster(own, from)[lane]; },
+        finish);
+    sync_cluster();  // no block leaves, or writes its partials again, while another reads them
+  } else {
+    join_team<P>(plan, channels, [&](int, int lane) { return own[lane]; }, finish);
+    sync_block();
+  }
+}
+
+}  // namespace bnext

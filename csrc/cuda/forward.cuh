@@ -1,0 +1,248 @@
+// The forward kernels.
+//
+//   resident  one launch, 2E: a team of blocks loads a group of channels into its shared memory,
+//             reduces it there, exchanges moments, normalises from shared memory.
+//   reduce    3E, or 2E where the L2 keeps the group: moments of each block's rows to the
+//   + apply   workspace; then every block joins its group's and normalises its rows.
+//   apply     alone with frozen statistics, 2E.
+#pragma once
+
+#include "exchange.cuh"
+#include "launch.h"
+#include "slab.cuh"
+
+namespace bnext {
+
+using ForwardCall = Call<ForwardArgs>;
+
+// Items in flight while applying: each is a load of x, perhaps one of the residual, and a store.
+inline constexpr int kForwardItems = 4;
+
+// The weight of this batch in the running statistics. NaN stands for the cumulative average, whose
+// count has been raised by a launch before.
+__device__ inline double averaging_factor(const ForwardArgs& args) {
+  if (args.momentum == args.momentum) return args.momentum;
+  return args.num_batches_tracked ? 1 / static_cast<double>(*args.num_batches_tracked) : 0;
+}
+
+__device__ inline void count_batch(const ForwardArgs& args) {
+  if (blockIdx.x == 0 && threadIdx.x == 0 && args.num_batches_tracked &&
+      args.momentum == args.momentum)
+    ++*args.num_batches_tracked;
+}
+
+__device__ inline double inverse_std(double variance, double eps) {
+  return 1 / sqrt(variance + eps);
+}
+
+// The affine map of a channel, from its moments; `writes`: and its statistics to global memory.
+template <class C>
+__device__ inline Affine<C> finish_forward(const ForwardCall& call, int64_t c,
+                                           const Moments<double>& m, bool writes) {
+  const ForwardArgs& args = call.args;
+  const double invstd = inverse_std(m.m2 / m.count, args.eps);
+  if (writes) {
+    args.save_stats[c] = m.mean;
+    args.save_stats[call.problem.c + c] = invstd;
+    const double factor = averaging_factor(args);
+    const auto update = [&](ParamOut running, double value) {
+      if (!running) return;
+      const double old = read(ParamIn{running.data, running.stride, running.dtype}, c, 0);
+      write(running, c, (1 - factor) * old + factor * value);
+    };
+    update(args.running_mean, m.mean);
+    update(args.running_var, m.m2 / (m.count - 1));  // unbiased
+  }
+  return make_affine<C>(m.mean, invstd, read(args.weight, c, 1), read(args.bias, c, 0));
+}
+
+// y = act(x * scale + shift + residual) of a thread's items, last items first: what a reduction
+// read last is still in the caches.
+template <class T, int V, class Items, class Source>
+__device__ inline void apply_forward(const ForwardCall& call, const Items& items,
+                                     const Affine<compute_t<T>>* coefficients, int64_t channel0,
+                                     const Source& source) {
+  using C = compute_t<T>;
+  const ForwardArgs& args = call.args;
+  const T* const residual = static_cast<const T*>(args.residual);
+  Affine<C> affine[Items::kLanes];
+#pragma unroll
+  for (int lane = 0; lane < Items::kLanes; ++lane)
+    if (items.channel(lane) < call.problem.c)
+      affine[lane] = coefficients[items.channel(lane) - channel0];
+  Item item = items.at(items.iterations() - 1);
+  for (int k = items.iterations() - 1; k >= 0; k -= kForwardItems) {
+    Pack<T, V> x[kForwardItems], z[kForwardItems];
+    Item at[kForwardItems];
+    bool valid[kForwardItems];
+#pragma unroll
+    for (int i = 0; i < kForwardItems; ++i) {
+      at[i] = item;
+      valid[i] = k >= i && items.valid(item);
+      if (valid[i]) {
+        const int64_t offset = items.offset(item);
+        x[i] = source(k - i, offset);
+        if (residual) z[i] = load_streaming(reinterpret_cast<const Pack<T, V>*>(residual + offset));
+      }
+      items.retreat(item);
+    }
+#pragma unroll
+    for (int i = 0; i < kForwardItems; ++i) {
+      unsigned bits = 0;
+      if (valid[i]) {
+        Pack<T, V> y;
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+          C value = apply(affine[v % Items::kLanes], static_cast<C>(to_compute(x[i].v[v])));
+          if (residual) value = value + static_cast<C>(to_compute(z[i].v[v]));
+          if (call.problem.relu) {
+            const bool passes = passes_relu(value);
+            bits |= static_cast<unsigned>(passes) << v;
+            value = passes ? value : C(0);
+          }
+          y.v[v] = from_compute<T>(value);
+        }
+        store_streaming(
+            reinterpret_cast<Pack<T, V>*>(static_cast<T*>(args.output) + items.offset(at[i])), y);
+      }
+      if (args.relu_mask) {
+        bits = join_mask_bits<V>(bits);
+        if (valid[i] && threadIdx.x % kThreadsPerMaskByte<V> == 0)
+          args.relu_mask[items.mask_offset(at[i])] = static_cast<uint8_t>(bits);
+      }
+    }
+  }
+}
+
+// Adds items [first, last) of a thread to the moments of its lanes.
+template <class T, int V, class Items, class Source>
+__device__ inline void add_items(const Items& items, int first, int last, const Source& source,
+                                 ThreadMoments<Items::kLanes>& sums) {
+  Item item = items.at(first);
+#pragma unroll 1
+  for (int k = first; k < last; k += kTileItems) {
+    Tile<T, V> tile;
+#pragma unroll
+    for (int i = 0; i < kTileItems; ++i) {
+      tile.valid[i] = k + i < last && items.valid(item);
+      if (tile.valid[i]) tile.x[i] = source(k + i, items.offset(item));
+      items.advance(item);
+    }
+    add_tile(sums, tile);
+  }
+}
+
+// Sums the lanes that did not fit in floats again, in double.
+template <class T, int V, class Items, class Source>
+__device__ inline void settle(const Items& items, const Source& source,
+                              ThreadMoments<Items::kLanes>& sums) {
+  if constexpr (sizeof(compute_t<T>) < sizeof(double)) {
+#pragma unroll
+    for (int lane = 0; lane < Items::kLanes; ++lane)
+      if (sums.unfit >> lane & 1) {
+        bool fits;
+        const Moments<double> m = two_pass<double>(
+            static_cast<int>(sums.count),
+            [&](const auto& f) {
+              Item item = items.at(0);
+#pragma unroll 1
+              for (int k = 0; k < items.iterations(); ++k, items.advance(item)) {
+                if (!items.valid(item)) continue;
+                const T* const x = source.at(k, items.offset(item));
+                for (int v = lane; v < V; v += Items::kLanes) f(to_compute(x[v]));
+              }
+            },
+            fits);
+        sums.mean[lane] = m.mean;
+        sums.m2[lane] = m.m2;
+      }
+  }
+}
+
+template <class T, int V, IndexMap kMap>
+__global__ void __launch_bounds__(kMaxCudaThreads)
+    batch_norm_resident_forward_kernel(const __grid_constant__ ForwardCall call) {
+  using C = compute_t<T>;
+  using Items = typename ItemsOf<kMap, V>::type;
+  const CudaPlan& plan = call.plan;
+  const SharedLayout shared =
+      shared_layout(plan, plan.items_per_thread * plan.threads * sizeof(Pack<T, V>));
+  Pack<T, V>* const slab = reinterpret_cast<Pack<T, V>*>(shared.slabs);
+  auto* const coefficients = static_cast<Affine<C>*>(shared.coefficients);
+  const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
+  count_batch(call.args);
+  // As many turns for every block: those without a group still meet the others.
+  for (int64_t turn = 0; turn * plan.teams < plan.groups; ++turn) {
+    const int64_t group = turn * plan.teams + team, channel0 = group * plan.group;
+    const Items items(call.problem, plan, group, rank);
+    ThreadMoments<Items::kLanes> sums;
+    const SharedSource<T, V> source{slab};
+    load_and_reduce<T, V, 1>(
+        items, {static_cast<const T*>(call.args.input)}, {slab},
+        [&](int first, int last) { add_items<T, V>(items, first, last, source, sums); });
+    settle<T, V>(items, source, sums);
+    join_threads<Moments<double>>(sums, items, plan, shared);
+    exchange<Moments<double>>(plan, shared, call.workspace, channels_of(call.problem, plan, group),
+                              team, rank, turn, [&](int channel, const Moments<double>& m) {
+                                coefficients[channel] =
+                                    finish_forward<C>(call, channel0 + channel, m, rank == 0);
+                              });
+    apply_forward<T, V>(call, items, coefficients, channel0, source);
+    sync_block();  // before the coefficients of the next turn
+  }
+}
+
+template <class T, int V, IndexMap kMap>
+__global__ void __launch_bounds__(kMaxCudaThreads)
+    batch_norm_reduce_forward_kernel(const __grid_constant__ ForwardCall call) {
+  using Items = typename ItemsOf<kMap, V>::type;
+  const CudaPlan& plan = call.plan;
+  const SharedLayout shared = shared_layout(plan, 0);
+  const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
+  if (call.first_group == 0) count_batch(call.args);
+  const Items items(call.problem, plan, call.first_group + team, rank);
+  ThreadMoments<Items::kLanes> sums;
+  const GlobalSource<T, V> source{static_cast<const T*>(call.args.input)};
+  add_items<T, V>(items, 0, items.iterations(), source, sums);
+  settle<T, V>(items, source, sums);
+  join_threads<Moments<double>>(sums, items, plan, shared);
+  publish<Moments<double>>(plan, shared,
+                           workspace_of<Moments<double>>(call.workspace, plan, team, rank));
+}
+
+template <class T, int V, IndexMap kMap>
+__global__ void __launch_bounds__(kMaxCudaThreads)
+    batch_norm_apply_forward_kernel(const __grid_constant__ ForwardCall call) {
+  using C = compute_t<T>;
+  using Items = typename ItemsOf<kMap, V>::type;
+  const CudaPlan& plan = call.plan;
+  const ForwardArgs& args = call.args;
+  const SharedLayout shared = shared_layout(plan, 0);
+  auto* const coefficients = static_cast<Affine<C>*>(shared.coefficients);
+  const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
+  const int64_t group = call.first_group + team, channel0 = group * plan.group;
+  const int channels = channels_of(call.problem, plan, group);
+  if (is_training(call.problem.stage)) {
+    join_team<Moments<double>>(
+        plan, channels,
+        [&](int from, int lane) {
+          return workspace_of<Moments<double>>(call.workspace, plan, team, from)[lane];
+        },
+        [&](int channel, const Moments<double>& m) {
+          coefficients[channel] = finish_forward<C>(call, channel0 + channel, m, rank == 0);
+        });
+  } else {
+    for (int i = static_cast<int>(threadIdx.x); i < channels; i += plan.threads) {
+      const int64_t c = channel0 + i;
+      coefficients[i] = make_affine<C>(read(args.frozen_mean, c, 0),
+                                       inverse_std(read(args.frozen_var, c, 1), args.eps),
+                                       read(args.weight, c, 1), read(args.bias, c, 0));
+    }
+  }
+  sync_block();
+  const Items items(call.problem, plan, group, rank);
+  apply_forward<T, V>(call, items, coefficients, channel0,
+                      GlobalSource<T, V>{static_cast<const T*>(args.input)});
+}
+
+}  // namespace bnext

@@ -1,0 +1,60 @@
+// From a plan to a kernel's instantiation and its launch; included by the launch files, one for
+// each direction and dtype.
+#pragma once
+
+#include <type_traits>
+
+#include "../plan.h"
+#include "device.cuh"
+#include "launch.h"
+
+namespace bnext {
+
+// The accesses that kernels are compiled for: 16 bytes, half as much where rows allow no more, and
+// single elements.
+template <class T, class F>
+inline cudaError_t with_vector(int vector, const F& f) {
+  if constexpr (sizeof(T) == 2) {
+    if (vector == 8) return f(std::integral_constant<int, 8>{});
+  }
+  if constexpr (sizeof(T) <= 4) {
+    if (vector == 4) return f(std::integral_constant<int, 4>{});
+  }
+  return vector == 1 ? f(std::integral_constant<int, 1>{}) : cudaErrorInvalidValue;
+}
+
+template <class T, class F>
+inline cudaError_t with_items(const CudaPlan& plan, const F& f) {
+  return with_vector<T>(plan.vector, [&](auto vector) {
+    return plan.map == IndexMap::kRows
+               ? f(vector, std::integral_constant<IndexMap, IndexMap::kRows>{})
+               : f(vector, std::integral_constant<IndexMap, IndexMap::kColumns>{});
+  });
+}
+
+inline LaunchShape shape_of(const CudaPlan& plan, int64_t groups) {
+  return {groups * plan.team_blocks, plan.threads, plan.shared_bytes,
+          plan.team == Team::kCluster ? static_cast<int>(plan.team_blocks) : 1,
+          plan.team == Team::kGrid};
+}
+
+// f(first group, number of groups) for each range of groups that the L2 keeps, until an error.
+template <class F>
+inline cudaError_t for_each_range(const CudaPlan& plan, const F& f) {
+  cudaError_t error = cudaSuccess;
+  for (int64_t first = 0; first < plan.groups && error == cudaSuccess;
+       first += plan.groups_per_launch) {
+    const int64_t left = plan.groups - first;
+    error = f(first, left < plan.groups_per_launch ? left : plan.groups_per_launch);
+  }
+  return error;
+}
+
+template <class T>
+cudaError_t launch_forward_as(const CudaPlan& plan, const Problem& problem, const ForwardArgs& args,
+                              void* workspace, void* stream);
+template <class T>
+cudaError_t launch_backward_as(const CudaPlan& plan, const Problem& problem,
+                               const BackwardArgs& args, void* workspace, void* stream);
+
+}  // namespace bnext

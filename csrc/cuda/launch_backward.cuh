@@ -1,0 +1,37 @@
+// The launches of the backward kernels for one dtype.
+#pragma once
+
+#include "backward.cuh"
+#include "launch.cuh"
+
+namespace bnext {
+
+template <class T>
+cudaError_t launch_backward_as(const CudaPlan& plan, const Problem& problem,
+                               const BackwardArgs& args, void* workspace, void* stream) {
+  BackwardCall call{problem, plan, args, workspace, 0};
+  const bool frozen = !args.save_stats;
+  return with_items<T>(plan, [&](auto vector, auto map) {
+    if (plan.family == Family::kResident)
+      return launch(batch_norm_resident_backward_kernel<T, vector, map>, shape_of(plan, plan.teams),
+                    stream, call);
+    return for_each_range(plan, [&](int64_t first, int64_t groups) {
+      call.first_group = first;
+      cudaError_t error = cudaSuccess;
+      if (!frozen || problem.need_params)
+        error = launch(batch_norm_reduce_backward_kernel<T, vector, map>, shape_of(plan, groups),
+                       stream, call);
+      if (error == cudaSuccess && frozen && problem.need_params) {
+        LaunchShape one_block_each = shape_of(plan, groups);
+        one_block_each.blocks = groups;
+        return launch(batch_norm_finish_backward_kernel<T>, one_block_each, stream, call);
+      }
+      if (error == cudaSuccess)
+        error = launch(batch_norm_apply_backward_kernel<T, vector, map>, shape_of(plan, groups),
+                       stream, call);
+      return error;
+    });
+  });
+}
+
+}  // namespace bnext

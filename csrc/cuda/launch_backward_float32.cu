@@ -1,0 +1,4 @@
+#include "launch_backward.cuh"
+
+template cudaError_t bnext::launch_backward_as<float>(const bnext::CudaPlan&, const bnext::Problem&,
+                                                      const bnext::BackwardArgs&, void*, void*);

@@ -1,0 +1,5 @@
+#include "launch_backward.cuh"
+
+template cudaError_t bnext::launch_backward_as<double>(const bnext::CudaPlan&,
+                                                       const bnext::Problem&,
+                                                       const bnext::BackwardArgs&, void*, void*);

@@ -1,0 +1,121 @@
+// A thread's sums over its items: tiles of kTileItems in registers, joined in double. Floats over-
+// and underflow where their squares do (1e19, 1e-19): such a lane is summed again in double, once
+// all is there, so that what is rare takes no registers from what is not.
+#pragma once
+
+#include "../epilogue.h"
+#include "../welford.h"
+#include "elements.cuh"
+
+namespace bnext {
+
+inline constexpr int kTileItems = 8;
+
+// Items in registers, read together so that many loads are in flight.
+template <class T, int V>
+struct Tile {
+  Pack<T, V> x[kTileItems];
+  bool valid[kTileItems];
+};
+
+// Whether a sum of floats neither over- nor underflowed on the way.
+__device__ inline bool fits_float(float sum) {
+  return (sum > 1e-25f || sum < -1e-25f) && sum - sum == 0;
+}
+__device__ inline bool fits_float(double) {
+  return true;
+}
+
+// Joins moments of which either may be empty.
+__device__ inline Moments<double> join(const Moments<double>& a, const Moments<double>& b) {
+  return a.count == 0 ? b : b.count == 0 ? a : combine(a, b);
+}
+
+// sum(dy) and sum(dy * (x - mean)) with the mean rounded to the compute type.
+struct GradSums {
+  double dy, dy_xmu;
+};
+
+template <int kLanes>
+struct ThreadGradSums {
+  GradSums lanes[kLanes] = {};
+  unsigned unfit = 0;  // as above
+
+  __device__ const GradSums& of(int lane) const { return lanes[lane]; }
+};
+
+__device__ inline GradSums join(const GradSums& a, const GradSums& b) {
+  return {a.dy + b.dy, a.dy_xmu + b.dy_xmu};
+}
+
+__device__ inline Moments<double> shuffled(const Moments<double>& m, int lane_bits) {
+  return {shuffle_xor(m.count, lane_bits), shuffle_xor(m.mean, lane_bits),
+          shuffle_xor(m.m2, lane_bits)};
+}
+__device__ inline GradSums shuffled(const GradSums& s, int lane_bits) {
+  return {shuffle_xor(s.dy, lane_bits), shuffle_xor(s.dy_xmu, lane_bits)};
+}
+
+// The moments of a thread's lanes, of as many values each.
+template <int kLanes>
+struct ThreadMoments {
+  double count = 0;
+  double mean[kLanes] = {}, m2[kLanes] = {};
+  unsigned unfit = 0;  // lanes of which a float sum over- or underflowed
+
+  __device__ Moments<double> of(int lane) const { return {count, mean[lane], m2[lane]}; }
+};
+
+// Moments of the values for which `for_each` calls its argument: two passes, in accumulators of A.
+// The second also sums the deviations themselves, which takes away the rounding of the first's
+// mean: a constant has exactly that mean, and no variance. `fits`: A was wide enough.
+template <class A, class ForEach>
+__device__ inline Moments<double> two_pass(int count, const ForEach& for_each, bool& fits) {
+  A sum = 0;
+  for_each([&](auto x) { sum += static_cast<A>(x); });
+  const A center = sum / static_cast<A>(count);
+  A deviations = 0, squares = 0;
+  for_each([&](auto x) {
+    const A d = static_cast<A>(x) - center;
+    deviations += d;
+    squares = fma(d, d, squares);
+  });
+  fits = fits_float(squares);
+  if (!fits && squares == 0) {  // one value all over, or an underflow
+    fits = true;
+    for_each([&](auto x) { fits &= static_cast<A>(x) == center; });
+  }
+  const double n = count, error = static_cast<double>(deviations) / n;
+  return {n, static_cast<double>(center) + error, static_cast<double>(squares) - error * error * n};
+}
+
+// Adds a tile to the moments of a thread's lanes: one for all elements, or one for each of V.
+template <class T, int V, int kLanes>
+__device__ inline void add_tile(ThreadMoments<kLanes>& sums, const Tile<T, V>& tile) {
+  int items = 0;
+#pragma unroll
+  for (int i = 0; i < kTileItems; ++i) items += tile.valid[i];
+  if (items == 0) return;
+#pragma unroll
+  for (int lane = 0; lane < kLanes; ++lane) {
+    bool fits;
+    Moments<double> m = two_pass<compute_t<T>>(
+        items * (V / kLanes),
+        [&](const auto& f) {
+#pragma unroll
+          for (int i = 0; i < kTileItems; ++i)
+            if (tile.valid[i]) {
+#pragma unroll
+              for (int v = lane; v < V; v += kLanes) f(to_compute(tile.x[i].v[v]));
+            }
+        },
+        fits);
+    sums.unfit |= static_cast<unsigned>(!fits) << lane;
+    m = join({sums.count, sums.mean[lane], sums.m2[lane]}, m);
+    sums.mean[lane] = m.mean;
+    sums.m2[lane] = m.m2;
+  }
+  sums.count += items * (V / kLanes);
+}
+
+}  // namespace bnext
