@@ -209,6 +209,9 @@ void set_seed(uint64_t seed) {
 const std::string& error() {
   return first_error;
 }
+void set_error(const std::string& message) {
+  record(message);
+}
 void clear_error() {
   first_error.clear();
 }

@@ -41,6 +41,7 @@ void set_seed(uint64_t seed);
 // The text of the first error since clear_error(); empty: none.
 const std::string& error();
 void clear_error();
+void set_error(const std::string& message);
 
 struct Block;
 
