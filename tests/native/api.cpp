@@ -6,6 +6,7 @@
 using namespace bnext::emulation;
 
 extern "C" {
+extern const char __ehdr_start[] __attribute__((visibility("hidden")));  // the linker's
 
 void bnext_set_seed(uint64_t seed) {
   set_seed(seed);
@@ -18,6 +19,14 @@ void bnext_get_statistics(Statistics* s) {
 }
 const char* bnext_error() {
   return error().c_str();
+}
+
+// Addresses in the library of the kernels launched so far: their number, and the first `room`.
+int64_t bnext_launched(uint64_t* addresses, int64_t room) {
+  int64_t n = 0;
+  for (const uintptr_t address : launched)
+    if (n++ < room) addresses[n - 1] = address - reinterpret_cast<uintptr_t>(__ehdr_start);
+  return n;
 }
 
 // Values of 16 bits to float and back, for the test of the conversions.

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -104,6 +105,15 @@ class Emulator:
         statistics = Statistics()
         self.library.bnext_get_statistics(ctypes.byref(statistics))
         return statistics
+
+    def kernels(self) -> dict[str, bool]:
+        """The names of the kernels in the library, and whether each was launched."""
+        addresses = (ctypes.c_uint64 * 1000)()
+        n = self.library.bnext_launched(addresses, ctypes.c_int64(1000))
+        assert n <= len(addresses)
+        lines = subprocess.run(["nm", "-C", self.path], capture_output=True, text=True).stdout
+        found = re.findall(r"^(\w+) \w (?:void )?(bnext::[^\n]*_kernel\b[^\n]*)\(", lines, re.M)
+        return {name: int(address, 16) in set(addresses[:n]) for address, name in found}
 
 
 def selftest(variant: str) -> Emulator:

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <random>
+#include <set>
 
 #include "machine.h"
 
@@ -11,6 +12,7 @@ namespace bnext::emulation {
 
 Limits limits;
 Statistics statistics;
+std::set<uintptr_t> launched;
 Thread* running = nullptr;
 
 namespace {
@@ -338,6 +340,7 @@ cudaError_t launch(const Kernel& k, const LaunchShape& s) {
     return cudaErrorInvalidConfiguration;
   }
   ++statistics.launches;
+  launched.insert(reinterpret_cast<uintptr_t>(k.function));
   kernel = &k;
   shape = s;
   order = random_numbers() % 3;

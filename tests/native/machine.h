@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -36,6 +37,7 @@ struct Statistics {
 
 extern Limits limits;
 extern Statistics statistics;
+extern std::set<uintptr_t> launched;  // kernels
 void set_seed(uint64_t seed);
 
 // The text of the first error since clear_error(); empty: none.

@@ -48,13 +48,13 @@ struct Args {
   int defect;
 };
 
-__device__ float warp_sum(float v) {
+__device__ inline float warp_sum(float v) {
   for (int bits = 16; bits > 0; bits /= 2) v += shuffle_xor(v, bits);
   return v;
 }
 
 // The sum of v over the block, in `scratch` of one float per warp; right in thread 0.
-__device__ float block_sum(float v, float* scratch, int defect) {
+__device__ inline float block_sum(float v, float* scratch, int defect) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   v = warp_sum(v);
   if (lane == 0) scratch[warp] = v;
