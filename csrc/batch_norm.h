@@ -30,6 +30,7 @@ struct Problem {
   bool relu;      // y = relu(bn(x) + residual)
   bool residual;  // a residual is added; backward: its gradient is asked for
   bool need_input = true, need_params = true;  // backward: dx; any of dweight, dbias
+  int alignment = 16;                          // bytes that all tensors' addresses share
 
   constexpr int64_t numel() const { return n * c * hw; }
   constexpr int64_t count() const { return n * hw; }  // values per channel
@@ -37,6 +38,19 @@ struct Problem {
   // The 1-bit ReLU mask: rows of memory, each padded to whole bytes.
   constexpr int64_t mask_rows() const { return channels_last ? n * hw : n * c; }
   constexpr int64_t mask_row_bytes() const { return ((channels_last ? c : hw) + 7) / 8; }
+  constexpr bool masked() const { return relu && residual; }
+  // Whether elements are written, and not only sums.
+  constexpr bool applies() const { return !is_backward(stage) || need_input || residual; }
+
+  // What no kernel can do without: x and dy, read once, and all of it.
+  constexpr int64_t bytes_read() const {
+    const bool reads_input = need_params || relu || is_training(stage);
+    return is_backward(stage) && reads_input ? 2 * bytes() : bytes();
+  }
+  constexpr int64_t bytes_floor() const {
+    return bytes_read() + (need_input ? bytes() : 0) + (residual ? bytes() : 0) +
+           (masked() ? mask_rows() * mask_row_bytes() : 0);
+  }
 
   bool operator==(const Problem&) const = default;
 };

@@ -47,12 +47,37 @@ Isa parse_isa(const std::string& name) {
                     {{"default", Isa::kDefault}, {"avx2", Isa::kAvx2}, {"avx512", Isa::kAvx512}});
 }
 
+Problem make_problem(int64_t n, int64_t c, int64_t hw, bool channels_last, const std::string& dtype,
+                     const std::string& stage, bool relu, bool residual) {
+  if (n < 1 || c < 1 || hw < 1) throw py::value_error("n, c, hw: expected at least 1");
+  return canonical(
+      {parse_stage(stage), n, c, hw, channels_last, parse_dtype(dtype), relu, residual});
+}
+
 CpuPlan plan(int64_t n, int64_t c, int64_t hw, bool channels_last, const std::string& dtype,
              const std::string& stage, bool relu, bool residual, const CpuInfo& device) {
-  if (n < 1 || c < 1 || hw < 1) throw py::value_error("n, c, hw: expected at least 1");
-  return plan_cpu(
-      canonical({parse_stage(stage), n, c, hw, channels_last, parse_dtype(dtype), relu, residual}),
-      device);
+  return plan_cpu(make_problem(n, c, hw, channels_last, dtype, stage, relu, residual), device);
+}
+
+CudaPlan plan_on_cuda(int64_t n, int64_t c, int64_t hw, bool channels_last,
+                      const std::string& dtype, const std::string& stage, bool relu, bool residual,
+                      const CudaInfo& device, bool need_input, bool need_params, int alignment) {
+  Problem problem = make_problem(n, c, hw, channels_last, dtype, stage, relu, residual);
+  problem.need_input = need_input;
+  problem.need_params = need_params;
+  problem.alignment = alignment;
+  return plan_cuda(problem, device, cuda_choice_of_environment());
+}
+
+CudaInfo make_cuda_info(int capability, int sms, int64_t shared_bytes_per_sm,
+                        int64_t shared_bytes_per_block, int64_t l2_bytes, int max_cluster_blocks) {
+  if (sms < 1 || shared_bytes_per_block < 48 * 1024 ||
+      shared_bytes_per_sm < shared_bytes_per_block || l2_bytes < 0 || max_cluster_blocks < 1)
+    throw py::value_error(
+        "CudaInfo: expected at least 1 SM, 48 KiB of shared memory a block, no less an SM, and "
+        "clusters of at least 1 block");
+  return {capability,        sms, shared_bytes_per_sm, shared_bytes_per_block, l2_bytes,
+          max_cluster_blocks};
 }
 
 py::dict build_info() {
@@ -114,4 +139,47 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("bytes_floor", &CpuPlan::bytes_floor)
       .def(py::self == py::self)
       .def("__repr__", [](const CpuPlan& p) { return to_string(p); });
+
+  m.def("plan_cuda", &plan_on_cuda, py::arg("n"), py::arg("c"), py::arg("hw"),
+        py::arg("channels_last"), py::arg("dtype"), py::arg("stage"), py::arg("relu"),
+        py::arg("residual"), py::arg("device"), py::arg("need_input") = true,
+        py::arg("need_params") = true, py::arg("alignment") = 16);
+
+  py::class_<CudaInfo>(m, "CudaInfo")
+      .def(py::init(&make_cuda_info), py::arg("capability"), py::arg("sms"),
+           py::arg("shared_bytes_per_sm"), py::arg("shared_bytes_per_block"), py::arg("l2_bytes"),
+           py::arg("max_cluster_blocks"))
+      .def_readonly("capability", &CudaInfo::capability)
+      .def_readonly("sms", &CudaInfo::sms)
+      .def_readonly("shared_bytes_per_sm", &CudaInfo::shared_bytes_per_sm)
+      .def_readonly("shared_bytes_per_block", &CudaInfo::shared_bytes_per_block)
+      .def_readonly("l2_bytes", &CudaInfo::l2_bytes)
+      .def_readonly("max_cluster_blocks", &CudaInfo::max_cluster_blocks)
+      .def(py::self == py::self);
+
+  py::class_<CudaPlan>(m, "CudaPlan")
+      .def_property_readonly("family", [](const CudaPlan& p) { return to_string(p.family); })
+      .def_property_readonly("index_map", [](const CudaPlan& p) { return to_string(p.map); })
+      .def_property_readonly("team", [](const CudaPlan& p) { return to_string(p.team); })
+      .def_readonly("vector", &CudaPlan::vector)
+      .def_readonly("threads", &CudaPlan::threads)
+      .def_readonly("lanes_per_channel", &CudaPlan::lanes_per_channel)
+      .def_readonly("rows", &CudaPlan::rows)
+      .def_readonly("segments", &CudaPlan::segments)
+      .def_readonly("segment_width", &CudaPlan::segment_width)
+      .def_readonly("group", &CudaPlan::group)
+      .def_readonly("groups", &CudaPlan::groups)
+      .def_readonly("columns", &CudaPlan::columns)
+      .def_readonly("team_blocks", &CudaPlan::team_blocks)
+      .def_readonly("teams", &CudaPlan::teams)
+      .def_readonly("rows_per_block", &CudaPlan::rows_per_block)
+      .def_readonly("items_per_thread", &CudaPlan::items_per_thread)
+      .def_readonly("groups_per_launch", &CudaPlan::groups_per_launch)
+      .def_readonly("launches", &CudaPlan::launches)
+      .def_readonly("shared_bytes", &CudaPlan::shared_bytes)
+      .def_readonly("workspace_bytes", &CudaPlan::workspace_bytes)
+      .def_readonly("bytes_moved", &CudaPlan::bytes_moved)
+      .def_readonly("bytes_floor", &CudaPlan::bytes_floor)
+      .def(py::self == py::self)
+      .def("__repr__", [](const CudaPlan& p) { return to_string(p); });
 }

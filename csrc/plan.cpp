@@ -3,7 +3,8 @@
 #include "plan.h"
 
 #include <algorithm>
-#include <sstream>
+
+#include "division.h"
 
 namespace bnext {
 namespace {
@@ -26,13 +27,6 @@ constexpr int64_t kTasksPerThread = 4;
 constexpr int64_t kVectorLanes = 16;
 // Fewer elements are not worth waking a thread for (ATen's grain).
 constexpr int64_t kMinThreadElements = 32768;
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-constexpr int64_t round_up(int64_t a, int64_t b) {
-  return ceil_div(a, b) * b;
-}
 
 // Bytes of a slab that stays cached from a thread's first pass to its second: its own L2, or its
 // share of half the L3 (the other half is left to outputs and other threads).
@@ -94,39 +88,10 @@ CpuPlan plan_cpu(const Problem& p, const CpuInfo& cpu) {
   plan.nontemporal_stores =
       run % kVectorLanes == 0 && plan.lanes_per_channel == 1 && 2 * p.bytes() > cpu.l3_bytes;
 
-  const int64_t e = p.bytes();
-  const bool reads_input = p.need_params || p.relu || is_training(p.stage);
-  const int64_t reads = is_backward(p.stage) && reads_input ? 2 * e : e;
-  const int64_t writes = p.need_input ? e : 0;
-  plan.bytes_floor =
-      reads + writes + (p.residual ? e : 0) + (masked ? p.mask_rows() * p.mask_row_bytes() : 0);
-  plan.bytes_moved = plan.bytes_floor +
-                     (plan.family == Family::kStreaming && reads > cpu.l3_bytes / 2 ? reads : 0);
+  plan.bytes_floor = p.bytes_floor();
+  const bool misses = plan.family == Family::kStreaming && p.bytes_read() > cpu.l3_bytes / 2;
+  plan.bytes_moved = plan.bytes_floor + (misses ? p.bytes_read() : 0);
   return plan;
-}
-
-std::string to_string(Isa isa) {
-  return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "default";
-}
-
-std::string to_string(Family family) {
-  return family == Family::kResident    ? "resident"
-         : family == Family::kStreaming ? "streaming"
-                                        : "elementwise";
-}
-
-std::string to_string(IndexMap map) {
-  return map == IndexMap::kRows ? "rows" : "columns";
-}
-
-std::string to_string(const CpuPlan& p) {
-  std::ostringstream out;
-  out << "CpuPlan(family=" << to_string(p.family) << ", index_map=" << to_string(p.map)
-      << ", lanes=" << p.lanes << ", slices=" << p.slices << ", chunks=" << p.chunks
-      << ", block=" << p.block << ", tasks=" << p.tasks
-      << ", nontemporal_stores=" << (p.nontemporal_stores ? "True" : "False")
-      << ", bytes_moved=" << p.bytes_moved << ", bytes_floor=" << p.bytes_floor << ")";
-  return out.str();
 }
 
 }  // namespace bnext

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "batch_norm.h"
@@ -95,10 +96,10 @@ struct CudaPlan {
   Family family;
   IndexMap map;
   Team team;
-  int vector;                 // elements per access; divides every row
-  int threads;                // per block
-  int64_t lanes_per_channel;  // columns: HW where short rows are taken as columns, else 1
-  int64_t rows;               // of the matrix
+  int vector;                       // elements per access; divides every row
+  int threads;                      // per block
+  int64_t lanes_per_channel;        // columns: HW where short rows are taken as columns, else 1
+  int64_t rows;                     // of the matrix
   int64_t segments, segment_width;  // rows: of a sample's channel
   int64_t group;                    // channels of a group, the last one fewer
   int64_t groups;
@@ -128,7 +129,17 @@ inline constexpr int64_t kCoefficients = 8;
 // Shared memory for joining the threads of a block: partial results of this many lanes.
 inline constexpr int64_t kJoinLanes = 512;
 
-CudaPlan plan_cuda(const Problem& problem, const CudaInfo& cuda);
+// What the user insists on, for tests and measurements; it counts where there is a choice, in
+// training. A family or team that cannot serve is an error.
+struct CudaChoice {
+  std::optional<Family> family;  // kResident or kStreaming
+  std::optional<Team> team;      // of the resident family: not kStream
+};
+
+CudaPlan plan_cuda(const Problem& problem, const CudaInfo& cuda, const CudaChoice& choice = {});
+
+// BNEXT_CUDA_FAMILY and BNEXT_CUDA_TEAM.
+CudaChoice cuda_choice_of_environment();
 
 std::string to_string(Isa isa);
 std::string to_string(Family family);
