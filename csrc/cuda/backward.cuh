@@ -120,9 +120,8 @@ __device__ inline void load_tile(const BackwardCall& call, const Items& items,
     if (tile.valid[i]) {
 #pragma unroll
       for (int v = 0; v < V; ++v)
-        if (!passes(call, items, tile.at[i], v, affine[v % Items::kLanes],
-                    static_cast<C>(to_compute(tile.x[i].v[v]))))
-          tile.dy[i].v[v] = from_compute<T>(C(0));
+        tile.dy[i].keep(
+            v, passes(call, items, tile.at[i], v, affine[v % Items::kLanes], tile.x[i].get(v)));
     }
 }
 
@@ -158,9 +157,7 @@ __device__ inline void add_tile(ThreadGradSums<kLanes>& sums, const GradTile<T, 
           for (int i = 0; i < tile.kItems; ++i)
             if (tile.valid[i]) {
 #pragma unroll
-              for (int v = lane; v < V; v += kLanes)
-                f(static_cast<C>(to_compute(tile.x[i].v[v])),
-                  static_cast<C>(to_compute(tile.dy[i].v[v])));
+              for (int v = lane; v < V; v += kLanes) f(tile.x[i].get(v), tile.dy[i].get(v));
             }
         },
         tile_sums);
@@ -187,11 +184,11 @@ __device__ inline void settle(const BackwardCall& call, const Items& items,
               for (int k = 0; k < items.iterations(); ++k, items.advance(item)) {
                 if (!items.valid(item)) continue;
                 const int64_t offset = items.offset(item);
-                for (int v = lane; v < V; v += Items::kLanes) {
-                  const C value = static_cast<C>(to_compute(x.at(k, offset)[v]));
-                  if (passes(call, items, item, v, affine[lane], value))
-                    f(value, static_cast<C>(to_compute(dy.at(k, offset)[v])));
-                }
+                const Pack<T, V> x_pack = x(k, offset), dy_pack = dy(k, offset);
+#pragma unroll
+                for (int v = lane; v < V; v += Items::kLanes)
+                  if (passes(call, items, item, v, affine[lane], x_pack.get(v)))
+                    f(x_pack.get(v), dy_pack.get(v));
               }
             },
             sums.lanes[lane]);
@@ -215,10 +212,8 @@ __device__ inline void store_tile(const BackwardCall& call, const Items& items,
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           const InputGrad<C>& g = grad[v % Items::kLanes];
-          const C dy = static_cast<C>(to_compute(tile.dy[i].v[v]));
-          dx.v[v] = from_compute<T>(is_frozen(args)
-                                        ? g.a * dy
-                                        : apply(g, dy, static_cast<C>(to_compute(tile.x[i].v[v]))));
+          const C dy = tile.dy[i].get(v);
+          dx.set(v, is_frozen(args) ? g.a * dy : apply(g, dy, tile.x[i].get(v)));
         }
         store_streaming(reinterpret_cast<Pack<T, V>*>(static_cast<T*>(args.grad_input) + offset),
                         dx);
@@ -249,8 +244,9 @@ struct LaneCoefficients {
   }
 };
 
-// Adds items [first, last) of a thread to the sums of its lanes; frozen: and writes their dx.
-template <class T, int V, class Items, class Source>
+// Adds items [first, last) of a thread to the sums of its lanes; with kWritesFrozen, where the
+// statistics are frozen, it also writes their dx.
+template <class T, int V, bool kWritesFrozen, class Items, class Source>
 __device__ inline void add_items(const BackwardCall& call, const Items& items,
                                  const LaneCoefficients<compute_t<T>, Items::kLanes>& lanes,
                                  int first, int last, const Source& x, const Source& dy,
@@ -262,7 +258,8 @@ __device__ inline void add_items(const BackwardCall& call, const Items& items,
     GradTile<T, V> tile;
     load_tile(call, items, lanes.affine, x, dy, true, item, k, first, last, 1, tile);
     add_tile(sums, tile, lanes.affine);
-    if (is_frozen(call.args)) store_tile(call, items, lanes.grad, tile);
+    if constexpr (kWritesFrozen)
+      if (is_frozen(call.args)) store_tile(call, items, lanes.grad, tile);
   }
 }
 
@@ -276,6 +273,7 @@ __device__ inline void apply_backward(const BackwardCall& call, const Items& ite
   const bool reads_x = recomputes || !is_frozen(call.args);
   const int count = items.iterations();
   Item item = items.at(count - 1);
+#pragma unroll 1
   for (int k = count - 1; k >= 0; k -= kBackwardItems<T, V>) {
     GradTile<T, V> tile;
     load_tile(call, items, lanes.affine, x, dy, reads_x, item, k, 0, count, -1, tile);
@@ -284,7 +282,7 @@ __device__ inline void apply_backward(const BackwardCall& call, const Items& ite
 }
 
 template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(kMaxCudaThreads)
+__global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_resident_backward_kernel(const __grid_constant__ BackwardCall call) {
   using C = compute_t<T>;
   using Items = typename ItemsOf<kMap, V>::type;
@@ -309,7 +307,7 @@ __global__ void __launch_bounds__(kMaxCudaThreads)
           items,
           {static_cast<const T*>(call.args.input), static_cast<const T*>(call.args.grad_out)},
           {x_slab, dy_slab}, [&](int first, int last) {
-            add_items<T, V>(call, items, lanes, first, last, x, dy, sums);
+            add_items<T, V, false>(call, items, lanes, first, last, x, dy, sums);
           });
       settle<T, V>(call, items, lanes.affine, x, dy, sums);
     }
@@ -326,7 +324,7 @@ __global__ void __launch_bounds__(kMaxCudaThreads)
 }
 
 template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(kMaxCudaThreads)
+__global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_reduce_backward_kernel(const __grid_constant__ BackwardCall call) {
   using C = compute_t<T>;
   using Items = typename ItemsOf<kMap, V>::type;
@@ -341,14 +339,14 @@ __global__ void __launch_bounds__(kMaxCudaThreads)
   ThreadGradSums<Items::kLanes> sums;
   const GlobalSource<T, V> x{static_cast<const T*>(call.args.input)};
   const GlobalSource<T, V> dy{static_cast<const T*>(call.args.grad_out)};
-  add_items<T, V>(call, items, lanes, 0, items.iterations(), x, dy, sums);
+  add_items<T, V, true>(call, items, lanes, 0, items.iterations(), x, dy, sums);
   settle<T, V>(call, items, lanes.affine, x, dy, sums);
   join_threads<GradSums>(sums, items, plan, shared);
   publish<GradSums>(plan, shared, workspace_of<GradSums>(call.workspace, plan, team, rank));
 }
 
 template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(kMaxCudaThreads)
+__global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_apply_backward_kernel(const __grid_constant__ BackwardCall call) {
   using C = compute_t<T>;
   using Items = typename ItemsOf<kMap, V>::type;
@@ -379,7 +377,7 @@ __global__ void __launch_bounds__(kMaxCudaThreads)
 
 // The parameters' gradients from the sums of a reduction over all groups; a block per group.
 template <class T>
-__global__ void __launch_bounds__(kMaxCudaThreads)
+__global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_finish_backward_kernel(const __grid_constant__ BackwardCall call) {
   const CudaPlan& plan = call.plan;
   const int64_t group = blockIdx.x;

@@ -16,7 +16,8 @@ namespace bnext {
 using ForwardCall = Call<ForwardArgs>;
 
 // Items in flight while applying: each is a load of x, perhaps one of the residual, and a store.
-inline constexpr int kForwardItems = 4;
+template <class T, int V>
+inline constexpr int kForwardItems = sizeof(Pack<T, V>) >= 16 ? 2 : 4;
 
 // The weight of this batch in the running statistics. NaN stands for the cumulative average, whose
 // count has been raised by a launch before.
@@ -70,13 +71,15 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
   for (int lane = 0; lane < Items::kLanes; ++lane)
     if (items.channel(lane) < call.problem.c)
       affine[lane] = coefficients[items.channel(lane) - channel0];
+  constexpr int kItems = kForwardItems<T, V>;
   Item item = items.at(items.iterations() - 1);
-  for (int k = items.iterations() - 1; k >= 0; k -= kForwardItems) {
-    Pack<T, V> x[kForwardItems], z[kForwardItems];
-    Item at[kForwardItems];
-    bool valid[kForwardItems];
+#pragma unroll 1
+  for (int k = items.iterations() - 1; k >= 0; k -= kItems) {
+    Pack<T, V> x[kItems], z[kItems];
+    Item at[kItems];
+    bool valid[kItems];
 #pragma unroll
-    for (int i = 0; i < kForwardItems; ++i) {
+    for (int i = 0; i < kItems; ++i) {
       at[i] = item;
       valid[i] = k >= i && items.valid(item);
       if (valid[i]) {
@@ -87,20 +90,20 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
       items.retreat(item);
     }
 #pragma unroll
-    for (int i = 0; i < kForwardItems; ++i) {
+    for (int i = 0; i < kItems; ++i) {
       unsigned bits = 0;
       if (valid[i]) {
         Pack<T, V> y;
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          C value = apply(affine[v % Items::kLanes], static_cast<C>(to_compute(x[i].v[v])));
-          if (residual) value = value + static_cast<C>(to_compute(z[i].v[v]));
+          C value = apply(affine[v % Items::kLanes], x[i].get(v));
+          if (residual) value = value + z[i].get(v);
           if (call.problem.relu) {
             const bool passes = passes_relu(value);
             bits |= static_cast<unsigned>(passes) << v;
             value = passes ? value : C(0);
           }
-          y.v[v] = from_compute<T>(value);
+          y.set(v, value);
         }
         store_streaming(
             reinterpret_cast<Pack<T, V>*>(static_cast<T*>(args.output) + items.offset(at[i])), y);
@@ -118,12 +121,13 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
 template <class T, int V, class Items, class Source>
 __device__ inline void add_items(const Items& items, int first, int last, const Source& source,
                                  ThreadMoments<Items::kLanes>& sums) {
+  using ItemTile = Tile<T, V>;
   Item item = items.at(first);
 #pragma unroll 1
-  for (int k = first; k < last; k += kTileItems) {
-    Tile<T, V> tile;
+  for (int k = first; k < last; k += ItemTile::kItems) {
+    ItemTile tile;
 #pragma unroll
-    for (int i = 0; i < kTileItems; ++i) {
+    for (int i = 0; i < tile.kItems; ++i) {
       tile.valid[i] = k + i < last && items.valid(item);
       if (tile.valid[i]) tile.x[i] = source(k + i, items.offset(item));
       items.advance(item);
@@ -148,8 +152,9 @@ __device__ inline void settle(const Items& items, const Source& source,
 #pragma unroll 1
               for (int k = 0; k < items.iterations(); ++k, items.advance(item)) {
                 if (!items.valid(item)) continue;
-                const T* const x = source.at(k, items.offset(item));
-                for (int v = lane; v < V; v += Items::kLanes) f(to_compute(x[v]));
+                const Pack<T, V> x = source(k, items.offset(item));
+#pragma unroll
+                for (int v = lane; v < V; v += Items::kLanes) f(x.get(v));
               }
             },
             fits);
@@ -160,7 +165,7 @@ __device__ inline void settle(const Items& items, const Source& source,
 }
 
 template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(kMaxCudaThreads)
+__global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_resident_forward_kernel(const __grid_constant__ ForwardCall call) {
   using C = compute_t<T>;
   using Items = typename ItemsOf<kMap, V>::type;
@@ -193,7 +198,7 @@ __global__ void __launch_bounds__(kMaxCudaThreads)
 }
 
 template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(kMaxCudaThreads)
+__global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_reduce_forward_kernel(const __grid_constant__ ForwardCall call) {
   using Items = typename ItemsOf<kMap, V>::type;
   const CudaPlan& plan = call.plan;
@@ -211,7 +216,7 @@ __global__ void __launch_bounds__(kMaxCudaThreads)
 }
 
 template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(kMaxCudaThreads)
+__global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_apply_forward_kernel(const __grid_constant__ ForwardCall call) {
   using C = compute_t<T>;
   using Items = typename ItemsOf<kMap, V>::type;

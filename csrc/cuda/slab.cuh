@@ -12,20 +12,16 @@ template <class T, int V>
 struct SharedSource {
   const Pack<T, V>* slab;
   // The k-th item of this thread, `offset` elements into the tensor.
-  __device__ const T* at(int k, int64_t) const {
-    return slab[k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)].v;
-  }
-  __device__ Pack<T, V> operator()(int k, int64_t offset) const {
-    return *reinterpret_cast<const Pack<T, V>*>(at(k, offset));
+  __device__ const Pack<T, V>& operator()(int k, int64_t) const {
+    return slab[k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)];
   }
 };
 
 template <class T, int V>
 struct GlobalSource {
   const T* data;
-  __device__ const T* at(int, int64_t offset) const { return data + offset; }
-  __device__ Pack<T, V> operator()(int k, int64_t offset) const {
-    return *reinterpret_cast<const Pack<T, V>*>(at(k, offset));
+  __device__ const Pack<T, V>& operator()(int, int64_t offset) const {
+    return *reinterpret_cast<const Pack<T, V>*>(data + offset);
   }
 };
 
@@ -44,6 +40,7 @@ __device__ inline void load_and_reduce(const Items& items, const T* const (&oper
   Item item = items.at(0);
 #pragma unroll 1
   for (int b = 0; b < kBatches; ++b) {
+#pragma unroll 1
     for (int k = b * batch; k < count && k < (b + 1) * batch; ++k) {
       if (items.valid(item)) {
         const int64_t offset = items.offset(item);

@@ -1,4 +1,4 @@
-// A thread's sums over its items: tiles of kTileItems in registers, joined in double. Floats over-
+// A thread's sums over its items: tiles in registers, joined in double. Floats over-
 // and underflow where their squares do (1e19, 1e-19): such a lane is summed again in double, once
 // all is there, so that what is rare takes no registers from what is not.
 #pragma once
@@ -9,13 +9,13 @@
 
 namespace bnext {
 
-inline constexpr int kTileItems = 8;
-
-// Items in registers, read together so that many loads are in flight.
+// Items in registers, read together so that many loads are in flight. Fewer where they are wide:
+// registers are what limits these kernels.
 template <class T, int V>
 struct Tile {
-  Pack<T, V> x[kTileItems];
-  bool valid[kTileItems];
+  static constexpr int kItems = sizeof(Pack<T, V>) >= 16 ? 4 : 8;
+  Pack<T, V> x[kItems];
+  bool valid[kItems];
 };
 
 // Whether a sum of floats neither over- nor underflowed on the way.
@@ -73,7 +73,7 @@ template <class A, class ForEach>
 __device__ inline Moments<double> two_pass(int count, const ForEach& for_each, bool& fits) {
   A sum = 0;
   for_each([&](auto x) { sum += static_cast<A>(x); });
-  const A center = sum / static_cast<A>(count);
+  const A n = static_cast<A>(count), inverse_n = A(1) / n, center = sum * inverse_n;
   A deviations = 0, squares = 0;
   for_each([&](auto x) {
     const A d = static_cast<A>(x) - center;
@@ -85,8 +85,10 @@ __device__ inline Moments<double> two_pass(int count, const ForEach& for_each, b
     fits = true;
     for_each([&](auto x) { fits &= static_cast<A>(x) == center; });
   }
-  const double n = count, error = static_cast<double>(deviations) / n;
-  return {n, static_cast<double>(center) + error, static_cast<double>(squares) - error * error * n};
+  A error = deviations * inverse_n;
+  error = fma(fma(-error, n, deviations), inverse_n, error);  // the exact quotient, where it is one
+  return {static_cast<double>(n), static_cast<double>(center) + static_cast<double>(error),
+          static_cast<double>(fma(-error * n, error, squares))};
 }
 
 // Adds a tile to the moments of a thread's lanes: one for all elements, or one for each of V.
@@ -94,7 +96,7 @@ template <class T, int V, int kLanes>
 __device__ inline void add_tile(ThreadMoments<kLanes>& sums, const Tile<T, V>& tile) {
   int items = 0;
 #pragma unroll
-  for (int i = 0; i < kTileItems; ++i) items += tile.valid[i];
+  for (int i = 0; i < tile.kItems; ++i) items += tile.valid[i];
   if (items == 0) return;
 #pragma unroll
   for (int lane = 0; lane < kLanes; ++lane) {
@@ -103,10 +105,10 @@ __device__ inline void add_tile(ThreadMoments<kLanes>& sums, const Tile<T, V>& t
         items * (V / kLanes),
         [&](const auto& f) {
 #pragma unroll
-          for (int i = 0; i < kTileItems; ++i)
+          for (int i = 0; i < tile.kItems; ++i)
             if (tile.valid[i]) {
 #pragma unroll
-              for (int v = lane; v < V; v += kLanes) f(to_compute(tile.x[i].v[v]));
+              for (int v = lane; v < V; v += kLanes) f(tile.x[i].get(v));
             }
         },
         fits);

@@ -1,0 +1,100 @@
+// The CUDA ops: how a checked call runs. Includes the LibTorch stable ABI, and no CUDA header.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <bit>
+#include <map>
+#include <mutex>
+
+#include "../call.h"
+#include "launch.h"
+
+// Weak: it is in libtorch_cuda, and this extension is to load where torch has none.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+
+namespace bnext {
+namespace {
+
+void check_launch(int error, const std::string& what) {
+  BNEXT_CHECK(error == 0, "launching ", what, ": ", cuda_error_string(error));
+}
+
+const CudaInfo& cuda_info(int device) {
+  static std::mutex mutex;
+  static std::map<int, CudaInfo> known;
+  const std::lock_guard lock(mutex);
+  const auto [entry, is_new] = known.try_emplace(device);
+  if (is_new) {
+    const int error = query_cuda_info(device, entry->second);
+    if (error != 0) known.erase(entry);
+    BNEXT_CHECK(error == 0, "asking GPU ", device, " what it has: ", cuda_error_string(error));
+  }
+  return entry->second;
+}
+
+void* current_stream(int device) {
+  BNEXT_CHECK(aoti_torch_get_current_cuda_stream, "a CUDA tensor, but this torch has no CUDA");
+  void* stream;
+  BNEXT_SHIM(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
+// Bytes that the addresses share: what an access may be wide. Null pointers share all.
+int common_alignment(std::initializer_list<const void*> pointers) {
+  uintptr_t bits = 16;
+  for (const void* pointer : pointers) bits |= reinterpret_cast<uintptr_t>(pointer);
+  return 1 << std::countr_zero(bits);
+}
+
+int alignment_of(const ForwardArgs& args) {
+  return common_alignment({args.input, args.residual, args.output});
+}
+int alignment_of(const BackwardArgs& args) {
+  return common_alignment({args.grad_out, args.input, args.grad_input, args.grad_residual});
+}
+int launch(const CudaPlan& plan, const Problem& problem, const ForwardArgs& args, void* workspace,
+           void* stream) {
+  return launch_forward(plan, problem, args, workspace, stream);
+}
+int launch(const CudaPlan& plan, const Problem& problem, const BackwardArgs& args, void* workspace,
+           void* stream) {
+  return launch_backward(plan, problem, args, workspace, stream);
+}
+
+struct Cuda {
+  static Tensor allocate_output(const Tensor& input, bool channels_last) {
+    return allocate_like(input, channels_last);
+  }
+
+  template <class Args>
+  static void run(Problem problem, const Args& args, const Tensor& input) {
+    const int device = input.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    problem.alignment = alignment_of(args);
+    const CudaPlan plan = plan_cuda(problem, cuda_info(device), cuda_choice_of_environment());
+    // Freed on return: torch's allocator hands it to later work of the same stream only.
+    const Tensor workspace = plan.workspace_bytes ? allocate(input, {plan.workspace_bytes}, {1},
+                                                             aoti_torch_dtype_uint8())
+                                                  : Tensor();
+    void* const memory = plan.workspace_bytes ? workspace.mutable_data_ptr() : nullptr;
+    const int error = launch(plan, problem, args, memory, current_stream(device));
+    if (error != 0) check_launch(error, to_string(plan));
+  }
+
+  static void count(int64_t* num_batches_tracked, const Tensor& input) {
+    const int device = input.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    check_launch(launch_count(num_batches_tracked, current_stream(device)), "the batch counter");
+  }
+};
+
+}  // namespace
+}  // namespace bnext
+
+STABLE_TORCH_LIBRARY_IMPL(bnext, CUDA, m) {
+  m.impl("batch_norm_train", TORCH_BOX(&bnext::Ops<bnext::Cuda>::batch_norm_train));
+  m.impl("batch_norm_inference", TORCH_BOX(&bnext::Ops<bnext::Cuda>::batch_norm_inference));
+  m.impl("batch_norm_backward", TORCH_BOX(&bnext::Ops<bnext::Cuda>::batch_norm_backward));
+}
