@@ -332,8 +332,9 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
   auto* const coefficients = static_cast<BackwardCoefficients<C>*>(shared.coefficients);
   const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
   const int64_t group = call.first_group + team, channel0 = group * plan.group;
+  const int channels = channels_of(call.problem, plan, group);
   const Items items(call.problem, plan, group, rank);
-  set_coefficients(call, channel0, channels_of(call.problem, plan, group), coefficients);
+  set_coefficients(call, channel0, channels, coefficients);
   const LaneCoefficients<C, Items::kLanes> lanes(items, call.problem, channel0, coefficients);
   ThreadGradSums<Items::kLanes> sums;
   const GlobalSource<T, V> x{static_cast<const T*>(call.args.input)};
@@ -341,7 +342,8 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
   add_items<T, V, true>(call, items, lanes, 0, items.iterations(), x, dy, sums);
   settle<T, V>(call, items, lanes.affine, x, dy, sums);
   join_threads<GradSums>(sums, items, plan, shared);
-  publish<GradSums>(plan, shared, workspace_of<GradSums>(call.workspace, plan, team, rank));
+  publish<GradSums>(plan, shared, channels,
+                    workspace_of<GradSums>(call.workspace, plan, team, rank));
 }
 
 template <class T, int V, IndexMap kMap>

@@ -90,8 +90,10 @@ __device__ inline P* workspace_of(void* workspace, const CudaPlan& plan, int64_t
 
 // Copies this block's partials, in shared memory after join_threads, to global memory.
 template <class P>
-__device__ inline void publish(const CudaPlan& plan, const SharedLayout& shared, P* to) {
-  for (int i = static_cast<int>(threadIdx.x); i < plan.group_lanes(); i += plan.threads)
+__device__ inline void publish(const CudaPlan& plan, const SharedLayout& shared, int channels,
+                               P* to) {
+  const int lanes = channels * static_cast<int>(plan.lanes_per_channel);
+  for (int i = static_cast<int>(threadIdx.x); i < lanes; i += plan.threads)
     to[i] = static_cast<const P*>(shared.partials)[i];
 }
 
@@ -105,7 +107,7 @@ __device__ inline void exchange(const CudaPlan& plan, const SharedLayout& shared
   if (plan.team == Team::kGrid) {
     // Two turns apart no block still reads what this one writes: all have met in between.
     const int64_t slot = turn % 2 * plan.teams + team;
-    publish<P>(plan, shared, workspace_of<P>(workspace, plan, slot, rank));
+    publish<P>(plan, shared, channels, workspace_of<P>(workspace, plan, slot, rank));
     sync_grid();
     join_team<P>(
         plan, channels,

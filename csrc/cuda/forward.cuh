@@ -205,13 +205,14 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
   const SharedLayout shared = shared_layout(plan, 0);
   const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
   if (call.first_group == 0) count_batch(call.args);
-  const Items items(call.problem, plan, call.first_group + team, rank);
+  const int64_t group = call.first_group + team;
+  const Items items(call.problem, plan, group, rank);
   ThreadMoments<Items::kLanes> sums;
   const GlobalSource<T, V> source{static_cast<const T*>(call.args.input)};
   add_items<T, V>(items, 0, items.iterations(), source, sums);
   settle<T, V>(items, source, sums);
   join_threads<Moments<double>>(sums, items, plan, shared);
-  publish<Moments<double>>(plan, shared,
+  publish<Moments<double>>(plan, shared, channels_of(call.problem, plan, group),
                            workspace_of<Moments<double>>(call.workspace, plan, team, rank));
 }
 

@@ -55,20 +55,21 @@ constexpr size_t kSavedWords = 20, kReturnWord = 11;
 namespace bnext::emulation {
 namespace {
 
-constexpr size_t kGuardBytes = 4096;  // below the stack
+constexpr size_t kStacksPerMapping = 256;  // the kernel limits the number of mappings
 std::vector<char*> free_stacks;
 
 char* take_stack() {
-  if (!free_stacks.empty()) {
-    char* const stack = free_stacks.back();
-    free_stacks.pop_back();
-    BNEXT_UNPOISON(stack + kGuardBytes, kStackBytes - kGuardBytes);  // abandoned frames
-    return stack;
+  if (free_stacks.empty()) {
+    void* const memory = mmap(nullptr, kStacksPerMapping * kStackBytes, PROT_READ | PROT_WRITE,
+                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) std::abort();
+    for (size_t i = 0; i < kStacksPerMapping; ++i)
+      free_stacks.push_back(static_cast<char*>(memory) + i * kStackBytes);
   }
-  void* const memory = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED || mprotect(memory, kGuardBytes, PROT_NONE) != 0) std::abort();
-  return static_cast<char*>(memory);
+  char* const stack = free_stacks.back();
+  free_stacks.pop_back();
+  BNEXT_UNPOISON(stack, kStackBytes);  // of frames that were abandoned
+  return stack;
 }
 
 }  // namespace
