@@ -98,7 +98,6 @@ __device__ inline void load_tile(const BackwardCall& call, const Items& items,
                                  const Affine<compute_t<T>> (&affine)[Items::kLanes],
                                  const Source& x, const Source& dy, bool reads_x, Item& item, int k,
                                  int first, int last, int direction, GradTile<T, V>& tile) {
-  using C = compute_t<T>;
 #pragma unroll
   for (int i = 0; i < tile.kItems; ++i) {
     const int j = k + direction * i;
