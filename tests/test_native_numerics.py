@@ -7,7 +7,7 @@ import reference
 from cases import DTYPES, dtype_id, make, shape_id
 from native import calls
 from native.calls import BLOCK, CLUSTER, GRID, RESIDENT, SMALL, STREAMING
-from native.checks import Setting, both, check_gradients, check_training, problem
+from native.checks import Setting, both, check_gradients, check_training, packed, problem
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 LAYOUTS = [((3, 5, 9, 8), NCHW), ((6, 72, 5, 2), NHWC), ((9, 24, 7, 7), NCHW)]
@@ -65,17 +65,6 @@ def test_frozen_statistics(dtypes, layout, after) -> None:
             )),
             case, gradients,
         )  # fmt: skip
-
-
-def packed(active: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The 1-bit mask of x's shape: rows of memory, padded to bytes."""
-    rows = (
-        active.movedim(1, -1).flatten(0, -2)
-        if calls.is_channels_last(x)
-        else active.flatten(2).flatten(0, 1)
-    )
-    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8)).unflatten(1, (-1, 8))
-    return (rows.to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(2).to(torch.uint8)
 
 
 @pytest.mark.parametrize("team", TEAMS)

@@ -75,6 +75,16 @@ def bits_of(mask: Tensor, x: Tensor) -> Tensor:
     return bits.reshape(x.shape)
 
 
+def packed(active: Tensor, x: Tensor) -> Tensor:
+    """The mask that stands for `active`: rows of memory, padded to bytes."""
+    channels_last = calls.is_channels_last(x)
+    rows = (
+        active.movedim(1, -1).flatten(0, -2) if channels_last else active.flatten(2).flatten(0, 1)
+    )
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8)).unflatten(1, (-1, 8))
+    return (rows.to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(2).to(torch.uint8)
+
+
 def check_training(case: Case, setting: Setting, **fields) -> calls.CudaPlan:
     """Forward and backward against the reference; returns the forward's plan."""
     x, affine = case.x, {"weight": case.weight, "bias": case.bias}

@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import ninja
@@ -12,6 +13,7 @@ import ninja
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
+HOST = [HERE / "harness.cpp", CSRC / "plan_cuda.cpp", CSRC / "plan_text.cpp"]
 EMULATOR = [HERE / f"{name}.cpp" for name in ("emulation", "fiber", "memory", "api")]
 
 COMMON = ["-std=c++20", "-g1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing",
@@ -120,7 +122,19 @@ def selftest(variant: str) -> Emulator:
     return Emulator(build("selftest", variant, [], [HERE / "selftest.cpp"]))
 
 
-def kernels(variant: str, csrc: Path = CSRC, name: str = "kernels") -> Emulator:
-    """The project's kernels, or those of a changed copy of its sources."""
-    host = [HERE / "harness.cpp", CSRC / "plan_cuda.cpp", CSRC / "plan_text.cpp"]
-    return Emulator(build(name, variant, host, sorted(csrc.glob("cuda/launch*.cu"))))
+def kernels(variant: str) -> Emulator:
+    return Emulator(build("kernels", variant, HOST, sorted(CSRC.glob("cuda/launch*.cu"))))
+
+
+def kernels_with_defects(variant: str, change: Callable[[str, str], str]) -> Emulator:
+    """Kernels of float32 from a copy of their sources: change(file name, text) -> text."""
+    copy = ROOT / "build" / "native" / "defects" / "csrc"
+    for file in [*CSRC.glob("*.h"), *CSRC.glob("cuda/*.*")]:
+        target = copy / file.relative_to(CSRC)
+        text = change(file.name, file.read_text())
+        if not target.exists() or target.read_text() != text:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text)
+    files = [copy / "cuda" / f"launch{name}.cu" for name in
+             ("", "_forward_float32", "_backward_float32")]  # fmt: skip
+    return Emulator(build("defects", variant, [*HOST, HERE / "other_dtypes.cpp"], files))
