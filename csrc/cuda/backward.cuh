@@ -17,8 +17,10 @@ namespace bnext {
 
 using BackwardCall = Call<BackwardArgs>;
 
-// Items in flight: each is a load of x and one of dy.
-inline constexpr int kBackwardItems = 4;
+// Items in flight: each is a load of x and one of dy. Fewer where they are wide: registers are what
+// limits these kernels.
+template <class T, int V>
+inline constexpr int kBackwardItems = sizeof(Pack<T, V>) >= 16 ? 2 : 4;
 
 template <class C>
 struct BackwardCoefficients {
@@ -73,22 +75,31 @@ __device__ inline InputGrad<C> finish_backward(const BackwardCall& call, int64_t
 // Some of a thread's items in registers: dy behind the ReLU, and x.
 template <class T, int V>
 struct GradTile {
-  Pack<T, V> x[kBackwardItems], dy[kBackwardItems];
-  Item at[kBackwardItems];
-  bool valid[kBackwardItems];
+  static constexpr int kItems = kBackwardItems<T, V>;
+  Pack<T, V> x[kItems], dy[kItems];
+  Item at[kItems];
+  bool valid[kItems];
 };
 
-// Loads the items k, k + direction, ... that lie in [first, last), and takes dy through the ReLU:
-// by the mask, or by the sign of z, computed from x as the forward did.
+// Whether the ReLU let element v of an item pass: by the mask, or by the sign of z, computed from x
+// as the forward did.
+template <class C, class Items>
+__device__ inline bool passes(const BackwardCall& call, const Items& items, const Item& item, int v,
+                              const Affine<C>& affine, C x) {
+  if (!call.problem.relu) return true;
+  if (!call.args.relu_mask) return passes_relu(apply(affine, x));
+  constexpr int V = Items::kElements;
+  return own_mask_bits<V>(call.args.relu_mask[items.mask_offset(item)]) >> v & 1;
+}
+
+// Loads the items k, k + direction, ... that lie in [first, last), and takes dy through the ReLU.
 template <class T, int V, class Items, class Source>
 __device__ inline void load_tile(const BackwardCall& call, const Items& items,
                                  const Affine<compute_t<T>> (&affine)[Items::kLanes],
                                  const Source& x, const Source& dy, bool reads_x, Item& item, int k,
                                  int first, int last, int direction, GradTile<T, V>& tile) {
-  using C = compute_t<T>;
-  unsigned bits[kBackwardItems];
 #pragma unroll
-  for (int i = 0; i < kBackwardItems; ++i) {
+  for (int i = 0; i < tile.kItems; ++i) {
     const int j = k + direction * i;
     tile.at[i] = item;
     tile.valid[i] = j >= first && j < last && items.valid(item);
@@ -96,8 +107,6 @@ __device__ inline void load_tile(const BackwardCall& call, const Items& items,
       const int64_t offset = items.offset(item);
       if (reads_x) tile.x[i] = x(j, offset);
       tile.dy[i] = dy(j, offset);
-      if (call.args.relu_mask)
-        bits[i] = own_mask_bits<V>(call.args.relu_mask[items.mask_offset(item)]);
     }
     if (direction > 0)
       items.advance(item);
@@ -106,16 +115,12 @@ __device__ inline void load_tile(const BackwardCall& call, const Items& items,
   }
   if (!call.problem.relu) return;
 #pragma unroll
-  for (int i = 0; i < kBackwardItems; ++i)
+  for (int i = 0; i < tile.kItems; ++i)
     if (tile.valid[i]) {
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const bool passes = call.args.relu_mask
-                                ? bits[i] >> v & 1
-                                : passes_relu(apply(affine[v % Items::kLanes],
-                                                    static_cast<C>(to_compute(tile.x[i].v[v]))));
-        if (!passes) tile.dy[i].v[v] = from_compute<T>(C(0));
-      }
+      for (int v = 0; v < V; ++v)
+        tile.dy[i].keep(
+            v, passes(call, items, tile.at[i], v, affine[v % Items::kLanes], tile.x[i].get(v)));
     }
 }
 
@@ -138,25 +143,54 @@ __device__ inline bool sum_products(C mean, const ForEach& for_each, GradSums& s
 
 // Adds a tile to the sums of a thread's lanes.
 template <class T, int V, int kLanes>
-__device__ inline void add_tile(GradSums (&sums)[kLanes], const GradTile<T, V>& tile,
+__device__ inline void add_tile(ThreadGradSums<kLanes>& sums, const GradTile<T, V>& tile,
                                 const Affine<compute_t<T>> (&affine)[kLanes]) {
   using C = compute_t<T>;
 #pragma unroll
   for (int lane = 0; lane < kLanes; ++lane) {
-    const auto for_each = [&](const auto& f) {
-#pragma unroll
-      for (int i = 0; i < kBackwardItems; ++i)
-        if (tile.valid[i]) {
-#pragma unroll
-          for (int v = lane; v < V; v += kLanes)
-            f(static_cast<C>(to_compute(tile.x[i].v[v])),
-              static_cast<C>(to_compute(tile.dy[i].v[v])));
-        }
-    };
     GradSums tile_sums;
-    if (!sum_products<C>(affine[lane].mean, for_each, tile_sums))
-      sum_products<double>(affine[lane].mean, for_each, tile_sums);
-    sums[lane] = join(sums[lane], tile_sums);
+    const bool fits = sum_products<C>(
+        affine[lane].mean,
+        [&](const auto& f) {
+#pragma unroll
+          for (int i = 0; i < tile.kItems; ++i)
+            if (tile.valid[i]) {
+#pragma unroll
+              for (int v = lane; v < V; v += kLanes) f(tile.x[i].get(v), tile.dy[i].get(v));
+            }
+        },
+        tile_sums);
+    sums.unfit |= static_cast<unsigned>(!fits) << lane;
+    sums.lanes[lane] = join(sums.lanes[lane], tile_sums);
+  }
+}
+
+// Sums the lanes that did not fit in floats again, in double.
+template <class T, int V, class Items, class Source>
+__device__ inline void settle(const BackwardCall& call, const Items& items,
+                              const Affine<compute_t<T>> (&affine)[Items::kLanes], const Source& x,
+                              const Source& dy, ThreadGradSums<Items::kLanes>& sums) {
+  using C = compute_t<T>;
+  if constexpr (sizeof(C) < sizeof(double)) {
+#pragma unroll
+    for (int lane = 0; lane < Items::kLanes; ++lane)
+      if (sums.unfit >> lane & 1)
+        sum_products<double>(
+            affine[lane].mean,
+            [&](const auto& f) {
+              Item item = items.at(0);
+#pragma unroll 1
+              for (int k = 0; k < items.iterations(); ++k, items.advance(item)) {
+                if (!items.valid(item)) continue;
+                const int64_t offset = items.offset(item);
+                const Pack<T, V> x_pack = x(k, offset), dy_pack = dy(k, offset);
+#pragma unroll
+                for (int v = lane; v < V; v += Items::kLanes)
+                  if (passes(call, items, item, v, affine[lane], x_pack.get(v)))
+                    f(x_pack.get(v), dy_pack.get(v));
+              }
+            },
+            sums.lanes[lane]);
   }
 }
 
@@ -169,7 +203,7 @@ __device__ inline void store_tile(const BackwardCall& call, const Items& items,
   using C = compute_t<T>;
   const BackwardArgs& args = call.args;
 #pragma unroll
-  for (int i = 0; i < kBackwardItems; ++i)
+  for (int i = 0; i < tile.kItems; ++i)
     if (tile.valid[i]) {
       const int64_t offset = items.offset(tile.at[i]);
       if (args.grad_input) {
@@ -177,10 +211,8 @@ __device__ inline void store_tile(const BackwardCall& call, const Items& items,
 #pragma unroll
         for (int v = 0; v < V; ++v) {
           const InputGrad<C>& g = grad[v % Items::kLanes];
-          const C dy = static_cast<C>(to_compute(tile.dy[i].v[v]));
-          dx.v[v] = from_compute<T>(is_frozen(args)
-                                        ? g.a * dy
-                                        : apply(g, dy, static_cast<C>(to_compute(tile.x[i].v[v]))));
+          const C dy = tile.dy[i].get(v);
+          dx.set(v, is_frozen(args) ? g.a * dy : apply(g, dy, tile.x[i].get(v)));
         }
         store_streaming(reinterpret_cast<Pack<T, V>*>(static_cast<T*>(args.grad_input) + offset),
                         dx);
@@ -206,22 +238,27 @@ struct LaneCoefficients {
         const BackwardCoefficients<C>& of_channel = coefficients[items.channel(lane) - channel0];
         affine[lane] = of_channel.affine;
         grad[lane] = of_channel.grad;
+        grad[lane].mean = affine[lane].mean;  // the same value in the same register
       }
   }
 };
 
-// Adds items [first, last) of a thread to the sums of its lanes; frozen: and writes their dx.
-template <class T, int V, class Items, class Source>
-__device__ inline void add_items(const BackwardCall& call, GradSums (&sums)[Items::kLanes],
-                                 const Items& items,
+// Adds items [first, last) of a thread to the sums of its lanes; with kWritesFrozen, where the
+// statistics are frozen, it also writes their dx.
+template <class T, int V, bool kWritesFrozen, class Items, class Source>
+__device__ inline void add_items(const BackwardCall& call, const Items& items,
                                  const LaneCoefficients<compute_t<T>, Items::kLanes>& lanes,
-                                 int first, int last, const Source& x, const Source& dy) {
+                                 int first, int last, const Source& x, const Source& dy,
+                                 ThreadGradSums<Items::kLanes>& sums) {
+  constexpr int kItems = kBackwardItems<T, V>;
   Item item = items.at(first);
-  for (int k = first; k < last; k += kBackwardItems) {
+#pragma unroll 1
+  for (int k = first; k < last; k += kItems) {
     GradTile<T, V> tile;
     load_tile(call, items, lanes.affine, x, dy, true, item, k, first, last, 1, tile);
     add_tile(sums, tile, lanes.affine);
-    if (is_frozen(call.args)) store_tile(call, items, lanes.grad, tile);
+    if constexpr (kWritesFrozen)
+      if (is_frozen(call.args)) store_tile(call, items, lanes.grad, tile);
   }
 }
 
@@ -235,7 +272,8 @@ __device__ inline void apply_backward(const BackwardCall& call, const Items& ite
   const bool reads_x = recomputes || !is_frozen(call.args);
   const int count = items.iterations();
   Item item = items.at(count - 1);
-  for (int k = count - 1; k >= 0; k -= kBackwardItems) {
+#pragma unroll 1
+  for (int k = count - 1; k >= 0; k -= kBackwardItems<T, V>) {
     GradTile<T, V> tile;
     load_tile(call, items, lanes.affine, x, dy, reads_x, item, k, 0, count, -1, tile);
     store_tile(call, items, lanes.grad, tile);
@@ -243,7 +281,7 @@ __device__ inline void apply_backward(const BackwardCall& call, const Items& ite
 }
 
 template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(kMaxCudaThreads)
+__global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_resident_backward_kernel(const __grid_constant__ BackwardCall call) {
   using C = compute_t<T>;
   using Items = typename ItemsOf<kMap, V>::type;
@@ -261,17 +299,18 @@ __global__ void __launch_bounds__(kMaxCudaThreads)
     const int channels = channels_of(call.problem, plan, group);
     const Items items(call.problem, plan, group, rank);
     set_coefficients(call, channel0, channels, coefficients);
-    GradSums sums[Items::kLanes] = {};
+    ThreadGradSums<Items::kLanes> sums;
     {
       const LaneCoefficients<C, Items::kLanes> lanes(items, call.problem, channel0, coefficients);
       load_and_reduce<T, V, 2>(
           items,
           {static_cast<const T*>(call.args.input), static_cast<const T*>(call.args.grad_out)},
           {x_slab, dy_slab}, [&](int first, int last) {
-            add_items<T, V>(call, sums, items, lanes, first, last, x, dy);
+            add_items<T, V, false>(call, items, lanes, first, last, x, dy, sums);
           });
+      settle<T, V>(call, items, lanes.affine, x, dy, sums);
     }
-    join_threads(sums, items, plan, shared);
+    join_threads<GradSums>(sums, items, plan, shared);
     exchange<GradSums>(plan, shared, call.workspace, channels, team, rank, turn,
                        [&](int channel, const GradSums& all) {
                          coefficients[channel].grad =
@@ -284,7 +323,7 @@ __global__ void __launch_bounds__(kMaxCudaThreads)
 }
 
 template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(kMaxCudaThreads)
+__global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_reduce_backward_kernel(const __grid_constant__ BackwardCall call) {
   using C = compute_t<T>;
   using Items = typename ItemsOf<kMap, V>::type;
@@ -293,19 +332,22 @@ __global__ void __launch_bounds__(kMaxCudaThreads)
   auto* const coefficients = static_cast<BackwardCoefficients<C>*>(shared.coefficients);
   const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
   const int64_t group = call.first_group + team, channel0 = group * plan.group;
+  const int channels = channels_of(call.problem, plan, group);
   const Items items(call.problem, plan, group, rank);
-  set_coefficients(call, channel0, channels_of(call.problem, plan, group), coefficients);
+  set_coefficients(call, channel0, channels, coefficients);
   const LaneCoefficients<C, Items::kLanes> lanes(items, call.problem, channel0, coefficients);
-  GradSums sums[Items::kLanes] = {};
-  add_items<T, V>(call, sums, items, lanes, 0, items.iterations(),
-                  GlobalSource<T, V>{static_cast<const T*>(call.args.input)},
-                  GlobalSource<T, V>{static_cast<const T*>(call.args.grad_out)});
-  join_threads(sums, items, plan, shared);
-  publish<GradSums>(plan, shared, workspace_of<GradSums>(call.workspace, plan, team, rank));
+  ThreadGradSums<Items::kLanes> sums;
+  const GlobalSource<T, V> x{static_cast<const T*>(call.args.input)};
+  const GlobalSource<T, V> dy{static_cast<const T*>(call.args.grad_out)};
+  add_items<T, V, true>(call, items, lanes, 0, items.iterations(), x, dy, sums);
+  settle<T, V>(call, items, lanes.affine, x, dy, sums);
+  join_threads<GradSums>(sums, items, plan, shared);
+  publish<GradSums>(plan, shared, channels,
+                    workspace_of<GradSums>(call.workspace, plan, team, rank));
 }
 
 template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(kMaxCudaThreads)
+__global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_apply_backward_kernel(const __grid_constant__ BackwardCall call) {
   using C = compute_t<T>;
   using Items = typename ItemsOf<kMap, V>::type;
@@ -336,7 +378,7 @@ __global__ void __launch_bounds__(kMaxCudaThreads)
 
 // The parameters' gradients from the sums of a reduction over all groups; a block per group.
 template <class T>
-__global__ void __launch_bounds__(kMaxCudaThreads)
+__global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_finish_backward_kernel(const __grid_constant__ BackwardCall call) {
   const CudaPlan& plan = call.plan;
   const int64_t group = blockIdx.x;

@@ -2,6 +2,8 @@
 // parameters of a run-time dtype, bits of a ReLU mask.
 #pragma once
 
+#include <type_traits>
+
 #include "../batch_norm.h"
 #include "../plan.h"
 #include "device.cuh"
@@ -43,10 +45,38 @@ __device__ inline T from_compute(C x) {
   }
 }
 
-// The elements of one access.
+// The elements of one access. 2-byte elements stay in pairs, which take half the registers.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
-  T v[V];
+  static constexpr bool kPairs = sizeof(T) == 2 && V > 1;
+  using Unit = std::conditional_t<kPairs, unsigned, T>;
+  Unit units[kPairs ? V / 2 : V];
+
+  __device__ compute_t<T> get(int v) const {
+    if constexpr (kPairs) {
+      const unsigned short bits = static_cast<unsigned short>(units[v / 2] >> (16 * (v % 2)));
+      return to_compute(reinterpret_cast<const T&>(bits));
+    } else {
+      return to_compute(units[v]);
+    }
+  }
+  __device__ void set(int v, compute_t<T> value) {
+    const T element = from_compute<T>(value);
+    if constexpr (kPairs) {
+      const unsigned bits = reinterpret_cast<const unsigned short&>(element);
+      units[v / 2] = v % 2 ? units[v / 2] | bits << 16 : bits;  // in ascending order of v
+    } else {
+      units[v] = element;
+    }
+  }
+  // Element v becomes zero where it does not pass.
+  __device__ void keep(int v, bool passes) {
+    if constexpr (kPairs) {
+      if (!passes) units[v / 2] &= v % 2 ? 0xffffu : 0xffff0000u;
+    } else if (!passes) {
+      units[v] = from_compute<T>(compute_t<T>(0));
+    }
+  }
 };
 
 __device__ inline double read(ParamIn p, int64_t c, double absent) {

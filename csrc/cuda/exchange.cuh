@@ -28,9 +28,13 @@ __device__ inline SharedLayout shared_layout(const CudaPlan& plan, int64_t slab_
 
 // Joins the partial results of a block's threads and leaves them in partials[lane of the group].
 // Threads of one lane fold in rounds of as many as the scratch memory holds.
-template <class P, class Items, int kLanes>
-__device__ inline void join_threads(P (&sums)[kLanes], const Items& items, const CudaPlan& plan,
-                                    const SharedLayout& shared) {
+template <class P, class Sums, class Items>
+__device__ inline void join_threads(const Sums& thread_sums, const Items& items,
+                                    const CudaPlan& plan, const SharedLayout& shared) {
+  constexpr int kLanes = Items::kLanes;
+  P sums[kLanes];
+#pragma unroll
+  for (int v = 0; v < kLanes; ++v) sums[v] = thread_sums.of(v);
   if constexpr (Items::kWholeWarps)
     for (int d = kWarpThreads / 2; d > 0; d /= 2) sums[0] = join(sums[0], shuffled(sums[0], d));
   P* const scratch = static_cast<P*>(shared.scratch);
@@ -86,8 +90,10 @@ __device__ inline P* workspace_of(void* workspace, const CudaPlan& plan, int64_t
 
 // Copies this block's partials, in shared memory after join_threads, to global memory.
 template <class P>
-__device__ inline void publish(const CudaPlan& plan, const SharedLayout& shared, P* to) {
-  for (int i = static_cast<int>(threadIdx.x); i < plan.group_lanes(); i += plan.threads)
+__device__ inline void publish(const CudaPlan& plan, const SharedLayout& shared, int channels,
+                               P* to) {
+  const int lanes = channels * static_cast<int>(plan.lanes_per_channel);
+  for (int i = static_cast<int>(threadIdx.x); i < lanes; i += plan.threads)
     to[i] = static_cast<const P*>(shared.partials)[i];
 }
 
@@ -101,7 +107,7 @@ __device__ inline void exchange(const CudaPlan& plan, const SharedLayout& shared
   if (plan.team == Team::kGrid) {
     // Two turns apart no block still reads what this one writes: all have met in between.
     const int64_t slot = turn % 2 * plan.teams + team;
-    publish<P>(plan, shared, workspace_of<P>(workspace, plan, slot, rank));
+    publish<P>(plan, shared, channels, workspace_of<P>(workspace, plan, slot, rank));
     sync_grid();
     join_team<P>(
         plan, channels,

@@ -16,7 +16,8 @@ namespace bnext {
 using ForwardCall = Call<ForwardArgs>;
 
 // Items in flight while applying: each is a load of x, perhaps one of the residual, and a store.
-inline constexpr int kForwardItems = 4;
+template <class T, int V>
+inline constexpr int kForwardItems = sizeof(Pack<T, V>) >= 16 ? 2 : 4;
 
 // The weight of this batch in the running statistics. NaN stands for the cumulative average, whose
 // count has been raised by a launch before.
@@ -70,13 +71,15 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
   for (int lane = 0; lane < Items::kLanes; ++lane)
     if (items.channel(lane) < call.problem.c)
       affine[lane] = coefficients[items.channel(lane) - channel0];
+  constexpr int kItems = kForwardItems<T, V>;
   Item item = items.at(items.iterations() - 1);
-  for (int k = items.iterations() - 1; k >= 0; k -= kForwardItems) {
-    Pack<T, V> x[kForwardItems], z[kForwardItems];
-    Item at[kForwardItems];
-    bool valid[kForwardItems];
+#pragma unroll 1
+  for (int k = items.iterations() - 1; k >= 0; k -= kItems) {
+    Pack<T, V> x[kItems], z[kItems];
+    Item at[kItems];
+    bool valid[kItems];
 #pragma unroll
-    for (int i = 0; i < kForwardItems; ++i) {
+    for (int i = 0; i < kItems; ++i) {
       at[i] = item;
       valid[i] = k >= i && items.valid(item);
       if (valid[i]) {
@@ -87,20 +90,20 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
       items.retreat(item);
     }
 #pragma unroll
-    for (int i = 0; i < kForwardItems; ++i) {
+    for (int i = 0; i < kItems; ++i) {
       unsigned bits = 0;
       if (valid[i]) {
         Pack<T, V> y;
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          C value = apply(affine[v % Items::kLanes], static_cast<C>(to_compute(x[i].v[v])));
-          if (residual) value = value + static_cast<C>(to_compute(z[i].v[v]));
+          C value = apply(affine[v % Items::kLanes], x[i].get(v));
+          if (residual) value = value + z[i].get(v);
           if (call.problem.relu) {
             const bool passes = passes_relu(value);
             bits |= static_cast<unsigned>(passes) << v;
             value = passes ? value : C(0);
           }
-          y.v[v] = from_compute<T>(value);
+          y.set(v, value);
         }
         store_streaming(
             reinterpret_cast<Pack<T, V>*>(static_cast<T*>(args.output) + items.offset(at[i])), y);
@@ -116,13 +119,15 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
 
 // Adds items [first, last) of a thread to the moments of its lanes.
 template <class T, int V, class Items, class Source>
-__device__ inline void add_items(Moments<double> (&sums)[Items::kLanes], const Items& items,
-                                 int first, int last, const Source& source) {
+__device__ inline void add_items(const Items& items, int first, int last, const Source& source,
+                                 ThreadMoments<Items::kLanes>& sums) {
+  using ItemTile = Tile<T, V>;
   Item item = items.at(first);
-  for (int k = first; k < last; k += kTileItems) {
-    Tile<T, V> tile;
+#pragma unroll 1
+  for (int k = first; k < last; k += ItemTile::kItems) {
+    ItemTile tile;
 #pragma unroll
-    for (int i = 0; i < kTileItems; ++i) {
+    for (int i = 0; i < tile.kItems; ++i) {
       tile.valid[i] = k + i < last && items.valid(item);
       if (tile.valid[i]) tile.x[i] = source(k + i, items.offset(item));
       items.advance(item);
@@ -131,8 +136,36 @@ __device__ inline void add_items(Moments<double> (&sums)[Items::kLanes], const I
   }
 }
 
+// Sums the lanes that did not fit in floats again, in double.
+template <class T, int V, class Items, class Source>
+__device__ inline void settle(const Items& items, const Source& source,
+                              ThreadMoments<Items::kLanes>& sums) {
+  if constexpr (sizeof(compute_t<T>) < sizeof(double)) {
+#pragma unroll
+    for (int lane = 0; lane < Items::kLanes; ++lane)
+      if (sums.unfit >> lane & 1) {
+        bool fits;
+        const Moments<double> m = two_pass<double>(
+            static_cast<int>(sums.count),
+            [&](const auto& f) {
+              Item item = items.at(0);
+#pragma unroll 1
+              for (int k = 0; k < items.iterations(); ++k, items.advance(item)) {
+                if (!items.valid(item)) continue;
+                const Pack<T, V> x = source(k, items.offset(item));
+#pragma unroll
+                for (int v = lane; v < V; v += Items::kLanes) f(x.get(v));
+              }
+            },
+            fits);
+        sums.mean[lane] = m.mean;
+        sums.m2[lane] = m.m2;
+      }
+  }
+}
+
 template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(kMaxCudaThreads)
+__global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_resident_forward_kernel(const __grid_constant__ ForwardCall call) {
   using C = compute_t<T>;
   using Items = typename ItemsOf<kMap, V>::type;
@@ -147,41 +180,44 @@ __global__ void __launch_bounds__(kMaxCudaThreads)
   for (int64_t turn = 0; turn * plan.teams < plan.groups; ++turn) {
     const int64_t group = turn * plan.teams + team, channel0 = group * plan.group;
     const Items items(call.problem, plan, group, rank);
-    Moments<double> sums[Items::kLanes] = {};
-    load_and_reduce<T, V, 1>(items, {static_cast<const T*>(call.args.input)}, {slab},
-                             [&](int first, int last) {
-                               add_items<T, V>(sums, items, first, last, SharedSource<T, V>{slab});
-                             });
-    join_threads(sums, items, plan, shared);
+    ThreadMoments<Items::kLanes> sums;
+    const SharedSource<T, V> source{slab};
+    load_and_reduce<T, V, 1>(
+        items, {static_cast<const T*>(call.args.input)}, {slab},
+        [&](int first, int last) { add_items<T, V>(items, first, last, source, sums); });
+    settle<T, V>(items, source, sums);
+    join_threads<Moments<double>>(sums, items, plan, shared);
     exchange<Moments<double>>(plan, shared, call.workspace, channels_of(call.problem, plan, group),
                               team, rank, turn, [&](int channel, const Moments<double>& m) {
                                 coefficients[channel] =
                                     finish_forward<C>(call, channel0 + channel, m, rank == 0);
                               });
-    apply_forward<T, V>(call, items, coefficients, channel0, SharedSource<T, V>{slab});
+    apply_forward<T, V>(call, items, coefficients, channel0, source);
     sync_block();  // before the coefficients of the next turn
   }
 }
 
 template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(kMaxCudaThreads)
+__global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_reduce_forward_kernel(const __grid_constant__ ForwardCall call) {
   using Items = typename ItemsOf<kMap, V>::type;
   const CudaPlan& plan = call.plan;
   const SharedLayout shared = shared_layout(plan, 0);
   const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
   if (call.first_group == 0) count_batch(call.args);
-  const Items items(call.problem, plan, call.first_group + team, rank);
-  Moments<double> sums[Items::kLanes] = {};
-  add_items<T, V>(sums, items, 0, items.iterations(),
-                  GlobalSource<T, V>{static_cast<const T*>(call.args.input)});
-  join_threads(sums, items, plan, shared);
-  publish<Moments<double>>(plan, shared,
+  const int64_t group = call.first_group + team;
+  const Items items(call.problem, plan, group, rank);
+  ThreadMoments<Items::kLanes> sums;
+  const GlobalSource<T, V> source{static_cast<const T*>(call.args.input)};
+  add_items<T, V>(items, 0, items.iterations(), source, sums);
+  settle<T, V>(items, source, sums);
+  join_threads<Moments<double>>(sums, items, plan, shared);
+  publish<Moments<double>>(plan, shared, channels_of(call.problem, plan, group),
                            workspace_of<Moments<double>>(call.workspace, plan, team, rank));
 }
 
 template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(kMaxCudaThreads)
+__global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_apply_forward_kernel(const __grid_constant__ ForwardCall call) {
   using C = compute_t<T>;
   using Items = typename ItemsOf<kMap, V>::type;

@@ -57,6 +57,7 @@ struct Item {
 template <int V>
 class RowItems {
  public:
+  static constexpr int kElements = V;
   static constexpr int kLanes = 1;           // whose sums a thread keeps
   static constexpr bool kWholeWarps = true;  // a warp's threads share them
 
@@ -140,6 +141,7 @@ class RowItems {
 template <int V>
 class ColumnItems {
  public:
+  static constexpr int kElements = V;
   static constexpr int kLanes = V;
   static constexpr bool kWholeWarps = false;
 

@@ -11,7 +11,8 @@ namespace bnext {
 template <class T, int V>
 struct SharedSource {
   const Pack<T, V>* slab;
-  __device__ Pack<T, V> operator()(int k, int64_t) const {
+  // The k-th item of this thread, `offset` elements into the tensor.
+  __device__ const Pack<T, V>& operator()(int k, int64_t) const {
     return slab[k * static_cast<int>(blockDim.x) + static_cast<int>(threadIdx.x)];
   }
 };
@@ -19,7 +20,7 @@ struct SharedSource {
 template <class T, int V>
 struct GlobalSource {
   const T* data;
-  __device__ Pack<T, V> operator()(int, int64_t offset) const {
+  __device__ const Pack<T, V>& operator()(int, int64_t offset) const {
     return *reinterpret_cast<const Pack<T, V>*>(data + offset);
   }
 };
@@ -37,7 +38,9 @@ __device__ inline void load_and_reduce(const Items& items, const T* const (&oper
   const int count = items.iterations(), stride = static_cast<int>(blockDim.x);
   const int batch = (count + kBatches - 1) / kBatches;
   Item item = items.at(0);
+#pragma unroll 1
   for (int b = 0; b < kBatches; ++b) {
+#pragma unroll 1
     for (int k = b * batch; k < count && k < (b + 1) * batch; ++k) {
       if (items.valid(item)) {
         const int64_t offset = items.offset(item);
@@ -55,16 +58,14 @@ __device__ inline void load_and_reduce(const Items& items, const T* const (&oper
     commit_copies();
   }
   static_assert(kBatches == 4, "one wait for each");
-  const auto reduce_batch = [&](int b) {
-    const int first = b * batch, last = first + batch;
-    if (first < count) reduce(first, last < count ? last : count);
-  };
+#pragma unroll 1
   for (int b = 0; b < kBatches; ++b) {
     if (b == 0) wait_for_copies<3>();
     if (b == 1) wait_for_copies<2>();
     if (b == 2) wait_for_copies<1>();
     if (b == 3) wait_for_copies<0>();
-    reduce_batch(b);
+    const int first = b * batch, last = first + batch;
+    if (first < count) reduce(first, last < count ? last : count);
   }
 }
 

@@ -1,5 +1,6 @@
-// A thread's sums over its items: tiles of kTileItems in registers, joined in double. Floats over-
-// and underflow where their squares do (1e19, 1e-19): such a tile is summed again in double.
+// A thread's sums over its items: tiles in registers, joined in double. Floats over-
+// and underflow where their squares do (1e19, 1e-19): such a lane is summed again in double, once
+// all is there, so that what is rare takes no registers from what is not.
 #pragma once
 
 #include "../epilogue.h"
@@ -8,13 +9,13 @@
 
 namespace bnext {
 
-inline constexpr int kTileItems = 8;
-
-// Items in registers, read together so that many loads are in flight.
+// Items in registers, read together so that many loads are in flight. Fewer where they are wide:
+// registers are what limits these kernels.
 template <class T, int V>
 struct Tile {
-  Pack<T, V> x[kTileItems];
-  bool valid[kTileItems];
+  static constexpr int kItems = sizeof(Pack<T, V>) >= 16 ? 4 : 8;
+  Pack<T, V> x[kItems];
+  bool valid[kItems];
 };
 
 // Whether a sum of floats neither over- nor underflowed on the way.
@@ -35,6 +36,14 @@ struct GradSums {
   double dy, dy_xmu;
 };
 
+template <int kLanes>
+struct ThreadGradSums {
+  GradSums lanes[kLanes] = {};
+  unsigned unfit = 0;  // as above
+
+  __device__ const GradSums& of(int lane) const { return lanes[lane]; }
+};
+
 __device__ inline GradSums join(const GradSums& a, const GradSums& b) {
   return {a.dy + b.dy, a.dy_xmu + b.dy_xmu};
 }
@@ -47,14 +56,24 @@ __device__ inline GradSums shuffled(const GradSums& s, int lane_bits) {
   return {shuffle_xor(s.dy, lane_bits), shuffle_xor(s.dy_xmu, lane_bits)};
 }
 
-// Moments of the values for which `f` calls its argument: two passes, in accumulators of A. The
-// second also sums the deviations themselves, which takes away the rounding of the first's mean: a
-// constant has exactly that mean, and no variance.
+// The moments of a thread's lanes, of as many values each.
+template <int kLanes>
+struct ThreadMoments {
+  double count = 0;
+  double mean[kLanes] = {}, m2[kLanes] = {};
+  unsigned unfit = 0;  // lanes of which a float sum over- or underflowed
+
+  __device__ Moments<double> of(int lane) const { return {count, mean[lane], m2[lane]}; }
+};
+
+// Moments of the values for which `for_each` calls its argument: two passes, in accumulators of A.
+// The second also sums the deviations themselves, which takes away the rounding of the first's
+// mean: a constant has exactly that mean, and no variance. `fits`: A was wide enough.
 template <class A, class ForEach>
 __device__ inline Moments<double> two_pass(int count, const ForEach& for_each, bool& fits) {
   A sum = 0;
   for_each([&](auto x) { sum += static_cast<A>(x); });
-  const A center = sum / static_cast<A>(count);
+  const A n = static_cast<A>(count), inverse_n = A(1) / n, center = sum * inverse_n;
   A deviations = 0, squares = 0;
   for_each([&](auto x) {
     const A d = static_cast<A>(x) - center;
@@ -62,44 +81,43 @@ __device__ inline Moments<double> two_pass(int count, const ForEach& for_each, b
     squares = fma(d, d, squares);
   });
   fits = fits_float(squares);
-  if (!fits && squares == 0) {  // a tile of one value, or an underflow
+  if (!fits && squares == 0) {  // one value all over, or an underflow
     fits = true;
     for_each([&](auto x) { fits &= static_cast<A>(x) == center; });
   }
-  const double n = count, error = static_cast<double>(deviations) / n;
-  return {n, static_cast<double>(center) + error, static_cast<double>(squares) - error * error * n};
-}
-
-template <class ForEach>
-__device__ inline Moments<double> exact_moments(int count, const ForEach& for_each) {
-  bool fits;
-  return two_pass<double>(count, for_each, fits);
-}
-
-template <class C, class ForEach>
-__device__ inline void add_moments(Moments<double>& sums, int count, const ForEach& for_each) {
-  if (count == 0) return;
-  bool fits;
-  Moments<double> tile = two_pass<C>(count, for_each, fits);
-  if (!fits) tile = exact_moments(count, for_each);
-  sums = join(sums, tile);
+  A error = deviations * inverse_n;
+  error = fma(fma(-error, n, deviations), inverse_n, error);  // the exact quotient, where it is one
+  return {static_cast<double>(n), static_cast<double>(center) + static_cast<double>(error),
+          static_cast<double>(fma(-error * n, error, squares))};
 }
 
 // Adds a tile to the moments of a thread's lanes: one for all elements, or one for each of V.
 template <class T, int V, int kLanes>
-__device__ inline void add_tile(Moments<double> (&sums)[kLanes], const Tile<T, V>& tile) {
+__device__ inline void add_tile(ThreadMoments<kLanes>& sums, const Tile<T, V>& tile) {
   int items = 0;
-  for (int i = 0; i < kTileItems; ++i) items += tile.valid[i];
 #pragma unroll
-  for (int lane = 0; lane < kLanes; ++lane)
-    add_moments<compute_t<T>>(sums[lane], items * (V / kLanes), [&](const auto& f) {
+  for (int i = 0; i < tile.kItems; ++i) items += tile.valid[i];
+  if (items == 0) return;
 #pragma unroll
-      for (int i = 0; i < kTileItems; ++i)
-        if (tile.valid[i]) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    bool fits;
+    Moments<double> m = two_pass<compute_t<T>>(
+        items * (V / kLanes),
+        [&](const auto& f) {
 #pragma unroll
-          for (int v = lane; v < V; v += kLanes) f(to_compute(tile.x[i].v[v]));
-        }
-    });
+          for (int i = 0; i < tile.kItems; ++i)
+            if (tile.valid[i]) {
+#pragma unroll
+              for (int v = lane; v < V; v += kLanes) f(tile.x[i].get(v));
+            }
+        },
+        fits);
+    sums.unfit |= static_cast<unsigned>(!fits) << lane;
+    m = join({sums.count, sums.mean[lane], sums.m2[lane]}, m);
+    sums.mean[lane] = m.mean;
+    sums.m2[lane] = m.m2;
+  }
+  sums.count += items * (V / kLanes);
 }
 
 }  // namespace bnext

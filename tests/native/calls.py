@@ -1,0 +1,201 @@
+"""The kernels' arguments for ctypes, and calls of them with tensors of the CPU."""
+
+import ctypes
+import math
+from ctypes import c_bool, c_double, c_int, c_int64, c_uint8, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from native.emulated import Emulator, Limits
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # as DType
+STAGES = ["train_forward", "eval_forward", "train_backward", "eval_backward"]
+ELEMENTWISE, RESIDENT, STREAMING = range(3)
+ROWS, COLUMNS = range(2)
+BLOCK, CLUSTER, GRID, STREAM = range(4)
+
+
+class Fields(ctypes.Structure):
+    """A struct of csrc/batch_norm.h or csrc/plan.h."""
+
+    def __repr__(self) -> str:
+        return str({name: getattr(self, name) for name, _ in self._fields_})
+
+
+class Problem(Fields):
+    _fields_ = [
+        ("stage", c_uint8), ("n", c_int64), ("c", c_int64), ("hw", c_int64),
+        ("channels_last", c_bool), ("dtype", c_uint8), ("relu", c_bool), ("residual", c_bool),
+        ("need_input", c_bool), ("need_params", c_bool), ("alignment", c_int),
+    ]  # fmt: skip
+
+
+class CudaInfo(Fields):
+    _fields_ = [
+        ("capability", c_int), ("sms", c_int), ("shared_bytes_per_sm", c_int64),
+        ("shared_bytes_per_block", c_int64), ("l2_bytes", c_int64), ("max_cluster_blocks", c_int),
+    ]  # fmt: skip
+
+
+class CudaPlan(Fields):
+    _fields_ = [
+        ("family", c_uint8), ("map", c_uint8), ("team", c_uint8), ("vector", c_int),
+        ("threads", c_int), *((name, c_int64) for name in (
+            "lanes_per_channel", "rows", "segments", "segment_width", "group", "groups",
+            "columns", "team_blocks", "teams", "rows_per_block", "items_per_thread",
+            "groups_per_launch", "launches", "shared_bytes", "workspace_bytes", "bytes_moved",
+            "bytes_floor",
+        )),
+    ]  # fmt: skip
+
+
+class Vector(Fields):
+    _fields_ = [("data", c_void_p), ("stride", c_int64), ("dtype", c_uint8)]
+
+
+class ForwardArgs(Fields):
+    _fields_ = [
+        ("input", c_void_p), ("residual", c_void_p), ("output", c_void_p),
+        ("relu_mask", c_void_p), ("weight", Vector), ("bias", Vector), ("frozen_mean", Vector),
+        ("frozen_var", Vector), ("running_mean", Vector), ("running_var", Vector),
+        ("num_batches_tracked", c_void_p), ("save_stats", c_void_p), ("momentum", c_double),
+        ("eps", c_double),
+    ]  # fmt: skip
+
+
+class BackwardArgs(Fields):
+    _fields_ = [
+        ("grad_out", c_void_p), ("input", c_void_p), ("relu_mask", c_void_p),
+        ("weight", Vector), ("bias", Vector), ("save_stats", c_void_p), ("running_mean", Vector),
+        ("running_var", Vector), ("grad_input", c_void_p), ("grad_residual", c_void_p),
+        ("grad_weight", Vector), ("grad_bias", Vector), ("eps", c_double),
+    ]  # fmt: skip
+
+
+KIB = 1024
+H100 = CudaInfo(90, 132, 228 * KIB, 227 * KIB, 50 * KIB**2, 16)
+A100 = CudaInfo(80, 108, 164 * KIB, 163 * KIB, 40 * KIB**2, 1)
+# Two of everything: tensors of a few hundred KiB are large for it.
+SMALL = CudaInfo(90, 2, 64 * KIB, 63 * KIB, 512 * KIB, 8)
+
+
+class Failed(Exception):
+    """An error of the emulator."""
+
+
+def pointer(t: Tensor | None) -> int | None:
+    return None if t is None or t.numel() == 0 else t.data_ptr()
+
+
+def vector(t: Tensor | None) -> Vector:
+    if t is None:
+        return Vector(None, 1, 0)
+    return Vector(pointer(t), t.stride(0) or 1, DTYPES.index(t.dtype))
+
+
+def is_channels_last(x: Tensor) -> bool:
+    return not x.is_contiguous()
+
+
+def problem(x: Tensor, stage: str, **fields) -> Problem:
+    n, c = x.shape[:2]
+    p = Problem(
+        STAGES.index(stage), n, c, math.prod(x.shape[2:]), is_channels_last(x),
+        DTYPES.index(x.dtype), False, False, True, True, 16,
+    )  # fmt: skip
+    for name, value in fields.items():
+        setattr(p, name, value)
+    return p
+
+
+def plan(e: Emulator, p: Problem, info: CudaInfo = H100, family: int = -1, team: int = -1,
+         **fields) -> CudaPlan:  # fmt: skip
+    """The plan for a problem on a GPU, which the emulator becomes; `fields` are changed."""
+    limits = Limits(
+        info.shared_bytes_per_block, info.shared_bytes_per_sm, info.sms, info.max_cluster_blocks
+    )
+    e.library.bnext_set_limits(ctypes.byref(limits))
+    result = CudaPlan()
+    if e.library.bnext_plan(ctypes.byref(p), ctypes.byref(info), family, team,
+                            ctypes.byref(result)):  # fmt: skip
+        raise Failed(e.error())
+    for name, value in fields.items():
+        setattr(result, name, value)
+    return result
+
+
+def with_team(plan: CudaPlan, team_blocks: int, teams: int = 0) -> CudaPlan:
+    """Cut for teams of another size (of the same kind); 0 teams: one for each group."""
+    changed = CudaPlan.from_buffer_copy(plan)
+    changed.team_blocks = team_blocks
+    changed.teams = teams or plan.groups
+    changed.rows_per_block = -(-plan.rows // team_blocks)
+    slots = changed.teams * (2 if plan.team == GRID else 1)
+    lanes = plan.group * plan.lanes_per_channel
+    if plan.team in (GRID, STREAM):
+        changed.workspace_bytes = slots * team_blocks * lanes * 24
+    if plan.team == STREAM:
+        changed.groups_per_launch = changed.teams
+    return changed
+
+
+@dataclass
+class Forward:
+    output: Tensor  # [N, C, *]
+    mask: Tensor | None  # [mask rows, bytes of a row]
+    save_stats: Tensor | None  # [2, C]
+
+
+@dataclass
+class Backward:
+    input: Tensor | None  # [N, C, *]
+    residual: Tensor | None  # [N, C, *]
+    weight: Tensor | None  # [C]
+    bias: Tensor | None  # [C]
+
+
+def mask_shape(p: Problem) -> tuple[int, int]:
+    rows, width = (p.n * p.hw, p.c) if p.channels_last else (p.n * p.c, p.hw)
+    return rows, (width + 7) // 8
+
+
+def forward(e: Emulator, plan: CudaPlan, p: Problem, x: Tensor, *, weight=None, bias=None,
+            residual=None, frozen=None, running=(None, None), num_batches_tracked=None,
+            momentum=0.1, eps=1e-5) -> Forward:  # fmt: skip
+    """`momentum` None: the cumulative average. Running statistics are updated in place."""
+    training = STAGES[p.stage] == "train_forward"
+    output = torch.empty_like(x)
+    mask = None
+    if p.relu and p.residual and training:
+        mask = torch.empty(mask_shape(p), dtype=torch.uint8)
+    save_stats = torch.empty(2, p.c, dtype=torch.float64) if training else None
+    args = ForwardArgs(
+        pointer(x), pointer(residual), pointer(output), pointer(mask), vector(weight),
+        vector(bias), *map(vector, frozen or (None, None)), *map(vector, running),
+        pointer(num_batches_tracked), pointer(save_stats),
+        math.nan if momentum is None else momentum, eps,
+    )  # fmt: skip
+    if e.library.bnext_forward(ctypes.byref(plan), ctypes.byref(p), ctypes.byref(args)):
+        raise Failed(f"{e.error()}: {plan}")
+    return Forward(output, mask, save_stats)
+
+
+def backward(e: Emulator, plan: CudaPlan, p: Problem, grad_out: Tensor, x: Tensor, *, weight=None,
+             bias=None, mask=None, save_stats=None, frozen=None, eps=1e-5) -> Backward:  # fmt: skip
+    c, dtype = p.c, torch.float32 if weight is None else weight.dtype
+    out = Backward(
+        torch.empty_like(x) if p.need_input else None,
+        torch.empty_like(x) if p.residual else None,
+        torch.empty(c, dtype=dtype) if p.need_params else None,
+        torch.empty(c, dtype=dtype) if p.need_params else None,
+    )
+    args = BackwardArgs(
+        pointer(grad_out), pointer(x), pointer(mask), vector(weight), vector(bias),
+        pointer(save_stats), *map(vector, frozen or (None, None)), pointer(out.input),
+        pointer(out.residual), vector(out.weight), vector(out.bias), eps,
+    )  # fmt: skip
+    if e.library.bnext_backward(ctypes.byref(plan), ctypes.byref(p), ctypes.byref(args)):
+        raise Failed(f"{e.error()}: {plan}")
+    return out

@@ -1,0 +1,126 @@
+"""Builds the emulator, with kernels compiled by the host compiler, and loads it."""
+
+import ctypes
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import ninja
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+CSRC = ROOT / "csrc"
+EMULATOR = [HERE / f"{name}.cpp" for name in ("emulation", "fiber", "memory", "api")]
+
+COMMON = ["-std=c++20", "-g1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing",
+          "-fvisibility-inlines-hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+          f"-I{HERE}"]  # fmt: skip
+# gcc does not see that lanes without a channel have no valid items.
+KERNELS = ["-Wno-maybe-uninitialized"]
+# variant -> (flags of everything, flags of kernels alone)
+VARIANTS = {
+    "plain": (["-O1"], []),
+    # The calls that ThreadSanitizer's instrumentation makes are answered by memory.cpp.
+    "checked": (["-O1", "-DBNEXT_INSTRUMENTED"], ["-fsanitize=thread"]),
+    "sanitized": (
+        ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], []
+    ),
+}  # fmt: skip
+
+
+def build(name: str, variant: str, sources: list[Path], kernels: list[Path],
+          csrc: Path = CSRC) -> Path:  # fmt: skip
+    """Brings build/native/<variant>/<name>.so up to date; returns its path."""
+    folder = ROOT / "build" / "native" / variant
+    folder.mkdir(parents=True, exist_ok=True)
+    common, instrumented = VARIANTS[variant]
+    lines = [
+        f"cxx = {os.environ.get('CXX', 'g++')}",
+        f"flags = {shlex.join(COMMON + common)}",
+        "rule compile",
+        "  command = $cxx $flags $more -MMD -MF $out.d -x c++ -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx {shlex.join(common)} -shared -Wl,-z,defs $in -o $out",
+    ]
+    objects = []
+    for source in EMULATOR + sources + kernels:
+        objects.append(f"{name}-{source.stem}.o")
+        lines += [f"build {objects[-1]}: compile {source}",
+                  f"  more = {shlex.join(KERNELS + instrumented if source in kernels else [])}"]  # fmt: skip
+    lines.append(f"build {name}.so: link {' '.join(objects)}")
+    file = folder / f"{name}.ninja"
+    text = "\n".join(lines) + "\n"
+    if not file.exists() or file.read_text() != text:
+        file.write_text(text)
+    command = [Path(ninja.BIN_DIR) / "ninja", "-C", folder, "-f", file.name, f"{name}.so"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, f"{shlex.join(map(str, command))}\n{result.stdout[-8000:]}"
+    return folder / f"{name}.so"
+
+
+class Limits(ctypes.Structure):
+    """Mirrors machine.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in (
+        "shared_bytes_per_block", "shared_bytes_per_sm", "sms", "max_cluster_blocks",
+    )]  # fmt: skip
+
+
+class Statistics(ctypes.Structure):
+    """Mirrors machine.h."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in (
+        "launches", "switches", "barriers", "shuffles", "copies", "bytes_read", "bytes_written",
+    )]  # fmt: skip
+
+
+class Emulator:
+    """A loaded library."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.library = ctypes.CDLL(str(path))
+        self.library.bnext_error.restype = ctypes.c_char_p
+        self.library.bnext_set_seed.argtypes = [ctypes.c_uint64]
+
+    def seed(self, seed: int) -> None:
+        self.library.bnext_set_seed(seed)
+
+    def error(self) -> str:
+        """What went wrong in the last call; with the source line of the access, if it was one."""
+        text = self.library.bnext_error().decode()
+        before, _, offset = text.partition(" at +")
+        if not offset:
+            return text
+        command = ["addr2line", "-e", self.path, hex(int(offset, 16) - 1)]
+        line = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        return f"{before} ({Path(line.split()[0]).name})"
+
+    def statistics(self) -> Statistics:
+        """Of the calls since the last time it was asked."""
+        statistics = Statistics()
+        self.library.bnext_get_statistics(ctypes.byref(statistics))
+        return statistics
+
+    def kernels(self) -> dict[str, bool]:
+        """The names of the kernels in the library, and whether each was launched."""
+        addresses = (ctypes.c_uint64 * 1000)()
+        n = self.library.bnext_launched(addresses, ctypes.c_int64(1000))
+        assert n <= len(addresses)
+        lines = subprocess.run(["nm", "-C", self.path], capture_output=True, text=True).stdout
+        found = re.findall(r"^(\w+) \w (?:void )?(bnext::[^\n]*_kernel\b[^\n]*)\(", lines, re.M)
+        return {name: int(address, 16) in set(addresses[:n]) for address, name in found}
+
+
+def selftest(variant: str) -> Emulator:
+    return Emulator(build("selftest", variant, [], [HERE / "selftest.cpp"]))
+
+
+def kernels(variant: str, csrc: Path = CSRC, name: str = "kernels") -> Emulator:
+    """The project's kernels, or those of a changed copy of its sources."""
+    host = [HERE / "harness.cpp", CSRC / "plan_cuda.cpp", CSRC / "plan_text.cpp"]
+    return Emulator(build(name, variant, host, sorted(csrc.glob("cuda/launch*.cu"))))
