@@ -96,6 +96,8 @@ class Result(NamedTuple):
 def train(model: nn.Module, precision: Precision, settings: Settings, compiled: bool) -> Result:
     device, batch, size, steps = settings
     on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device.index or 0)
     model = model.to(device, memory_format=precision.memory_format).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(0)

@@ -305,6 +305,8 @@ def main(arguments: Sequence[str], say: Callable[[str], object]) -> int:
     if device.type == "cuda" and not build_info()["cuda"]:
         say(f"bnext was built without CUDA: {build_info()['cuda_missing']}")
         return 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
     name = "CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
     say(f"bnext on {device} ({name}), torch {torch.__version__}")
     say("largest error against float64, in units of what roundings may add up to (1 is the bound)")

@@ -101,6 +101,19 @@ def test_bnext_wrong_is_exit_status_1(tmp_path, monkeypatch) -> None:
     assert command.main([*QUICK, "--filter", "125x", "--out", str(tmp_path)]) == 1
 
 
+def test_an_error_in_one_case_does_not_lose_the_others(tmp_path, monkeypatch) -> None:
+    check = run.check
+
+    def broken(case, subjects):
+        if len(case.shape) == 2:
+            raise RuntimeError("broken")
+        return check(case, subjects)
+
+    monkeypatch.setattr(run, "check", broken)
+    assert command.main([*QUICK, "--filter", "7x7.* bn$|125x", "--out", str(tmp_path)]) == 1
+    assert {row["shape"] for row in read(tmp_path / "gpu.csv")} == {"4x512x7x7"}
+
+
 def test_statistics() -> None:
     case = cases.Case((4, 8, 10, 10), "float32", "nchw", "bn", layers=3)
     key = report.Key(case, "backward", "cold graph")

@@ -34,6 +34,7 @@ class CudaClock:
     """To be used on its stream: `with clock.stream_in_use(): ...`, operands made there as well."""
 
     def __init__(self, device: torch.device) -> None:
+        torch.cuda.set_device(device.index or 0)
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self.stream = torch.cuda.Stream(device)
         # Read, not written: what is left in the L2 is clean, and no one pays for its write-back.
@@ -125,7 +126,10 @@ class CudaClock:
             torch.cuda.synchronize()
         on_gpu = [e for e in profiler.events() or () if e.device_type == DeviceType.CUDA]
         names = [e.name for e in sorted(on_gpu, key=lambda e: e.time_range.start)]
-        return dict(zip(calls, parts(names, MARKER), strict=True))
+        found = list(parts(names, MARKER))
+        if len(found) != len(calls):
+            raise RuntimeError(f"the profiler saw {len(found)} of {len(calls)} calls: {names}")
+        return dict(zip(calls, found, strict=True))
 
 
 def parts(names: Sequence[str], marker: str) -> Iterator[list[str]]:

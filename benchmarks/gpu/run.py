@@ -67,6 +67,7 @@ class Run:
         self.timings: report.Timings = {}
         self.costs: report.Costs = {}
         self.problems: list[str] = []
+        self.failed = False
 
     def names(self, case: Case) -> list[str]:
         left_out = set() if case in self.to_compile else {"compile"}
@@ -84,6 +85,7 @@ class Run:
         verdicts = check(case, subjects)
         self.problems += [failure for v in verdicts.values() for failure in v.failures]
         if verdicts["bnext"].failures:
+            self.failed = True
             return
         copy: Call = next(iter(subjects.values())).operands.x.detach().clone
         for direction in DIRECTIONS:
@@ -121,11 +123,17 @@ class Run:
                 with self.clock.stream_in_use():
                     getattr(self, what)(case)
                 done.append(case)
-            except torch.OutOfMemoryError:
-                self.problems.append(f"{case}: out of memory")
+            except RuntimeError as error:
+                self.problems.append(f"{case}: {type(error).__name__}: {error}")
+                self.failed |= not isinstance(error, torch.OutOfMemoryError)
+                if isinstance(error, torch.AcceleratorError):
+                    break  # the process cannot use the GPU any more
             if self.on_gpu:
                 torch.cuda.empty_cache()
         return done
+
+    def write(self, out: Path, facts: dict[str, str]) -> None:
+        write_csv(out / "gpu.csv", facts, report.rows(self.timings, self.costs))
 
 
 def _with_chosen(provider: str, call: Call) -> Call:
@@ -161,17 +169,19 @@ def run(
     with Progress(console=console, auto_refresh=False) as progress:
         end = start + (1 - COUNT_SHARE) * seconds
         measured = this.each(cases, "measure", end, progress)
-        this.each(measured, "count", start + seconds, progress)
-    facts["cases"] = f"{len(measured)} of {len(cases)} in {minutes:g} minutes"
+        facts["cases"] = f"{len(measured)} of {len(cases)} in {minutes:g} minutes"
+        if this.timings:
+            this.write(out, facts)
+            this.each(measured, "count", start + seconds, progress)
+            this.write(out, facts)
     for problem in this.problems:
         console.print(f"[red]wrong or left out:[/red] {problem}", highlight=False)
     if not this.timings:
         console.print("[red]nothing was timed.[/red]")
         return 1
-    write_csv(out / "gpu.csv", facts, report.rows(this.timings, this.costs))
     for table in report.tables(this.timings):
         console.print(table)
     report.plot_bandwidth(out / "gpu-bandwidth.png", this.timings, facts)
     report.plot_speedup(out / "gpu-speedup.png", this.timings, facts)
     console.print(f"Measured {facts['cases']}. Written to {out}/gpu.csv and gpu-*.png")
-    return 1 if any(" bnext " in problem for problem in this.problems) else 0
+    return int(this.failed)
