@@ -97,11 +97,29 @@ def test_fails_when_the_op_raises(monkeypatch) -> None:
 
 def test_a_choice_that_runs_nothing_fails(monkeypatch) -> None:
     def refused(*args):
-        raise RuntimeError("BNEXT_CUDA_TEAM=grid cannot run this")
+        raise RuntimeError("BNEXT_CUDA_TEAM=grid: this does not fit")
 
     monkeypatch.setattr(verify, "normalize", refused)
     status, text = run(monkeypatch)
     assert status == 1 and "no case could be run" in text
+
+
+@pytest.mark.parametrize("mode", verify.MODES, ids=str)
+def test_results_are_poisoned_and_operands_are_not(mode, monkeypatch) -> None:
+    case = verify.Case((3, 4, 5, 5), torch.contiguous_format, "float32", mode)
+    t, exact = (case.operands(torch.device("cpu")) for _ in range(2))
+    kept = []
+    run = verify.run
+    monkeypatch.setattr(verify, "run", lambda *args: kept.append(run(*args)) or kept[-1])
+    row = verify.Row()
+    verify.check(case, t, exact, False, row)
+    assert row.cases == 1 and not row.failures
+    assert all(a is b or torch.equal(a, b) for a, b in zip(t, exact, strict=True))
+    assert len(kept) == 2
+    for results in kept:
+        alias = {"grad_residual"} if mode.residual and not mode.relu else set()
+        for name in results.keys() - alias - {"num_batches_tracked"}:
+            assert results[name].isnan().all(), name
 
 
 def test_forcing_sets_the_environment_and_restores_it(monkeypatch) -> None:
@@ -110,6 +128,8 @@ def test_forcing_sets_the_environment_and_restores_it(monkeypatch) -> None:
     with verify.forced(verify.Choice("resident", "grid")):
         assert verify.os.environ["BNEXT_CUDA_FAMILY"] == "resident"
         assert verify.os.environ["BNEXT_CUDA_TEAM"] == "grid"
+    with verify.forced(verify.Choice()):
+        assert verify.os.environ["BNEXT_CUDA_FAMILY"] == "streaming"
     assert verify.os.environ["BNEXT_CUDA_FAMILY"] == "streaming"
     assert "BNEXT_CUDA_TEAM" not in verify.os.environ
 
