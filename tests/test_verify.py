@@ -108,6 +108,7 @@ def test_a_choice_that_runs_nothing_fails(monkeypatch) -> None:
 def test_results_are_poisoned_and_operands_are_not(mode, monkeypatch) -> None:
     case = verify.Case((3, 4, 5, 5), torch.contiguous_format, "float32", mode)
     t, exact = (case.operands(torch.device("cpu")) for _ in range(2))
+    exact = exact.to("cpu")
     kept = []
     run = verify.run
     monkeypatch.setattr(verify, "run", lambda *args: kept.append(run(*args)) or kept[-1])
