@@ -20,7 +20,7 @@ from bnext._ops import EAGER
 
 __all__ = ["BatchNormFunction", "batch_norm", "batch_norm_act"]
 
-train, inference, _ = EAGER
+train, inference = EAGER.train, EAGER.inference
 # Looked up once: on a small tensor the call is the cost, and each dot is 10 ns of it.
 is_scripting: Callable[[], bool] = torch.jit.is_scripting
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
