@@ -65,23 +65,15 @@ def _fresh() -> None:
 @MODES
 @pytest.mark.parametrize("marked", [True, False], ids=["marked", "automatic"])
 def test_other_batch_sizes_do_not_compile_again(marked, training, device) -> None:
-    """Marked as dynamic, once for all sizes; by default once more at the second, as torch.nn's."""
+    """Marked as dynamic, one graph for all sizes; by default another at the second."""
     ours, theirs = blocks(training, device)
-    counts = []
-    for model in (ours, theirs):
-        torch._dynamo.reset()
-        counter = CompileCounterWithBackend("aot_eager")
-        compiled = torch.compile(model, backend=counter, fullgraph=True)
-        torch.manual_seed(0)
-        for n in (3, 5, 2, 8, 17):
-            x = torch.randn(n, 4, 7, 6, device=device)
-            if marked:
-                torch._dynamo.mark_dynamic(x, 0)
-            compiled(x).sum().backward()
-        counts.append(counter.frame_count)
-    assert counts[0] == counts[1] == (1 if marked else 2)
-    assert_close(ours.state_dict(), theirs.state_dict())
-    assert_close([p.grad for p in ours.parameters()], [p.grad for p in theirs.parameters()])
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    for i, n in enumerate((3, 5, 2, 8, 17)):
+        x = torch.randn(n, 4, 7, 6, device=device)
+        if marked:
+            torch._dynamo.mark_dynamic(x, 0)
+        with torch._dynamo.config.patch(error_on_recompile=i >= (1 if marked else 2)):
+            assert_close(step(compiled, ours, x), step(theirs, theirs, x))
 
 
 @MODES
@@ -211,14 +203,12 @@ def test_compiled_autograd(training, device) -> None:
 
 def test_switching_between_training_and_eval_compiles_each_once() -> None:
     ours, theirs = blocks()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(ours, backend=counter, fullgraph=True)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     x = torch.randn(3, 4, 6, 6)
-    for training in (True, False, True, False):
+    for i, training in enumerate((True, False, True, False)):
         ours.train(training), theirs.train(training)
-        with torch.no_grad():
+        with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=i >= 2):
             assert_close(compiled(x), theirs(x))
-    assert counter.frame_count == 2
 
 
 @MODES
@@ -257,5 +247,5 @@ def test_autocast_inside_the_compiled_region(device) -> None:
 
 def test_errors_are_the_same_under_compile() -> None:
     compiled = torch.compile(bnext.BatchNorm2d(4), backend="aot_eager", fullgraph=True)
-    with pytest.raises(Exception, match="more than 1 value per channel|Expected more than 1"):
+    with pytest.raises(Exception, match=r"more than 1 value per channel"):
         compiled(torch.randn(1, 4, 1, 1))
