@@ -105,6 +105,11 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             path = tracer.path_of_module(self)
             return tracer.create_proxy("call_module", path, arguments, {})
         self._check_input_dim(input)
+        if residual is not None and (
+            residual.shape != input.shape or residual.dtype != input.dtype
+        ):
+            output = self._normalize(input, None, False) + residual  # with its broadcasting
+            return output.relu() if relu else output
         try:
             # Without Module.__getattr__, which costs 0.4 us each.
             parameters, buffers = self._parameters, self._buffers
@@ -286,7 +291,8 @@ class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
 
     Shape:
         - Input: :math:`(N, C, H, W)`
-        - Residual: as the input, or ``None``
+        - Residual: as the input, or ``None``. One of another shape or dtype is added by the rules
+          of ``+``, outside the fused pass (:meth:`torch.jit.script` takes none).
         - Output: as the input, in its memory format
 
     Raises:
