@@ -205,17 +205,20 @@ def _third_derivative(ctx: Any, grad_grads: tuple[Tensor | None, ...]) -> _Grads
     """What `_GradientFunction.backward` returns, from operations that have derivatives."""
     # The gradient wanted is a partial one: through aliases, or it would count what grad_out, a
     # function of the output, owes to input and weight as well.
-    aliases = [None if t is None else t.view_as(t) for t in ctx.saved_tensors[:3]]
-    grads = _composed_backward(*aliases, *ctx.saved_tensors[3:], *ctx.eps_relu_needs)
-    pairs = [(g, gg) for g, gg in zip(grads, grad_grads, strict=True) if gg is not None]
-    wanted = [t for t, need in zip(aliases, ctx.needs_input_grad, strict=False) if need]
+    saved: list[Any] = list(ctx.saved_tensors)
+    saved[:3] = (None if t is None else t.view_as(t) for t in saved[:3])
+    grads = _composed_backward(*saved, *ctx.eps_relu_needs)
+    needs = ctx.needs_input_grad[:3]
+    by = {
+        g: gg for g, gg in zip(grads, grad_grads, strict=True) if g is not None and gg is not None
+    }
     found = iter(
         torch.autograd.grad(
-            [g for g, _ in pairs], wanted, [gg for _, gg in pairs],
-            create_graph=True, allow_unused=True,
+            tuple(by), [t for t, need in zip(saved, needs, strict=False) if need],
+            tuple(by.values()), create_graph=True, allow_unused=True,
         )
     )  # fmt: skip
-    return tuple(next(found) if need else None for need in ctx.needs_input_grad[:3])
+    return tuple(next(found) if need else None for need in needs)
 
 
 def _composed_backward(

@@ -40,10 +40,11 @@ def convert(model: M, *, fuse: bool = False) -> M:
     becomes a :class:`bnext.BatchNormAct2d` that does all of it. Still no parameter, buffer, name or
     hook changes, and modules stay the same objects. What does change:
 
-    - a ReLU module that only this batch norm feeds becomes a ``FusedReLU``, which returns its input;
-    - else the module whose ``forward`` calls them becomes a subclass of its own class, with the code
-      that torch.fx traced: as for any traced code, plain Python attributes and global state that
-      ``forward`` reads have the values of the time of conversion;
+    - a ReLU module that only this batch norm feeds becomes a ``FusedReLU``, which returns its
+      input;
+    - else the module whose ``forward`` calls them becomes a subclass of its own class, with the
+      code that torch.fx traced: as for any traced code, plain Python attributes and global state
+      that ``forward`` reads have the values of the time of conversion;
     - a forward hook on such a batch norm sees the output of the ReLU.
 
     A ``forward`` is left as it is if torch.fx cannot trace it, or if it is not one graph: it has

@@ -10,6 +10,7 @@ import functools
 import importlib
 import inspect
 import operator
+import re
 import sys
 import types
 from collections import Counter
@@ -38,15 +39,16 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     modules.BatchNormAct2d: modules.BatchNorm2d,
     modules.BatchNormAct3d: modules.BatchNorm3d,
 }
-_RELUS = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
-_ADDS = {operator.add, torch.add, "add"}
-_IN_PLACE_ADDS = {operator.iadd, "add_"}
+_RELUS: set[Any] = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
+_ADDS: set[Any] = {operator.add, torch.add, "add"}
+_IN_PLACE_ADDS: set[Any] = {operator.iadd, "add_"}
 
 
 class FusedReLU(nn.ReLU):
     """The place of a ReLU that the batch norm before it does: returns its input."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Return the input."""
         return input
 
 
@@ -75,7 +77,7 @@ def _new(original: type[nn.Module], source: str, names: dict[str, Any]) -> nn.Mo
         k: importlib.import_module(v.name) if isinstance(v, _Module) else v
         for k, v in names.items()
     }
-    kind = _fused_class(original, source, tuple(restored.items()))
+    kind = _fused_class(original, source, tuple(restored.items()))  # type: ignore[arg-type]
     return kind.__new__(kind)
 
 
@@ -105,6 +107,7 @@ class Fusion:
 
     @property
     def residual(self) -> tuple[fx.Node, ...]:
+        """The other summand, if there is one."""
         return (
             ()
             if self.add is None
@@ -128,9 +131,9 @@ def unfuse(model: nn.Module) -> None:
     """Undo `fuse`."""
     for module in list(model.modules()):
         if isinstance(module, FusedForward):
-            module.__class__ = module._original
+            module.__class__ = module._original  # type: ignore[assignment]
         elif type(module) is FusedReLU:
-            module.__class__ = nn.ReLU
+            module.__class__ = nn.ReLU  # type: ignore[assignment]
         elif vars(module).pop("_fused", False):
             del module.act
             module.__class__ = _PLAIN[type(module)]
@@ -166,11 +169,12 @@ def _plans(
             for node in graph.nodes:
                 if node.op == "call_module":
                     calls[module.get_submodule(str(node.target))] += 1
+    uses = Counter({m: max(parents[m], calls[m]) for m in names})
     for module, name in names.items():
         if type(module) not in _ACT:
             continue
         why[name] = "no forward that could be traced calls it" if name else "it is the model itself"
-        if parents[module] > 1 or calls[module] > 1:
+        if uses[module] > 1:
             why[name] = "called from more than one place"
     for module, graph in graphs.items():
         children = [c for c in module.children() if names.get(c) in why]
@@ -185,7 +189,7 @@ def _plans(
             bn = module.get_submodule(str(node.target))
             if type(bn) not in _ACT or why[names[bn]].startswith("called"):
                 continue
-            fusion = _match(node, module, parents | calls)
+            fusion = _match(node, module, uses)
             if fusion is None:
                 why[names[bn]] = "no ReLU, nor an addition and a ReLU, alone takes its output"
             elif type(module).forward is nn.Sequential.forward and fusion.own_relu is None:
@@ -202,22 +206,39 @@ class _Tracer(fx.Tracer):
     """Traces one forward; whatever it calls is a leaf."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Everything is."""
         return True
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Stand in for a node's value."""
         return _Value(node, self)
 
 
 class _Value(fx.Proxy):
-    """A proxy that does not let itself be taken for something else than the tensor it stands for."""
+    """A proxy that passes for nothing but a tensor, and whose `+=` is not taken for `+`."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        # isinstance looks here. A forward that asks is not one graph; torch's own code may ask.
-        caller = sys._getframe(1).f_globals.get("__name__", "")
-        if caller.startswith(("torch.", "bnext.")):
-            return _Value
-        raise fx.proxy.TraceError("asks for the type of a value")
+        # isinstance looks here. A forward that asks is not the same for every kind of argument.
+        if "isinstance" in sys._getframe(1).f_code.co_names and not _is_torchs(sys._getframe(1)):
+            raise fx.proxy.TraceError("asks for the type of a value")
+        return _Value
+
+
+def _is_torchs(frame: types.FrameType) -> bool:
+    return str(frame.f_globals.get("__name__", "")).startswith("torch.")
+
+
+def _in_place(target: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return method
+
+
+_IN_PLACE = {getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "imatmul")}
+for _target in _IN_PLACE:
+    setattr(_Value, f"__{_target.__name__}__", _in_place(_target))
 
 
 def _trace(module: nn.Module) -> fx.Graph | str:
@@ -264,15 +285,30 @@ def _match(bn: fx.Node, module: nn.Module, uses: Counter[nn.Module]) -> Fusion |
         add, node = node, _only_user(node)
     if node is None or not _is_relu(node, module):
         return None
+    tensors = {*bn.all_input_nodes, *(add.all_input_nodes if add else ())}
+    between, other = [], bn.next
+    while other is not node:
+        if other is not add:
+            between.append(other)
+        other = other.next
+    if any(_mutates(other, module) and tensors & {*other.all_input_nodes} for other in between):
+        return None  # all is read where the ReLU is called
     relu = module.get_submodule(str(node.target)) if node.op == "call_module" else None
     return Fusion(bn, add, node, relu if relu and add is None and uses[relu] == 1 else None)
+
+
+def _mutates(node: fx.Node, module: nn.Module) -> bool:
+    if node.op == "call_module":
+        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+    name = node.target if isinstance(node.target, str) else node.target.__name__
+    return node.target in _IN_PLACE or name.endswith("_") or bool(node.kwargs.get("inplace"))
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _calls(node: fx.Node, targets: set[Callable[..., Any] | str]) -> bool:
+def _calls(node: fx.Node, targets: set[Any]) -> bool:
     return node.op in ("call_function", "call_method") and node.target in targets
 
 
@@ -294,5 +330,7 @@ def _rewrite(module: nn.Module, graph: fx.Graph, fusions: list[Fusion]) -> None:
                 graph.erase_node(node)
     graph.lint()
     code = graph.python_code("self")
+    used = {*re.findall(r"\w+", code.src)}
+    names = tuple((name, value) for name, value in code.globals.items() if name in used)
     original = module._original if isinstance(module, FusedForward) else type(module)
-    module.__class__ = _fused_class(original, code.src, tuple(code.globals.items()))
+    module.__class__ = _fused_class(original, code.src, names)  # type: ignore[arg-type]

@@ -105,8 +105,10 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             path = tracer.path_of_module(self)
             return tracer.create_proxy("call_module", path, arguments, {})
         self._check_input_dim(input)
-        if residual is not None and (
-            residual.shape != input.shape or residual.dtype != input.dtype
+        if (
+            residual is not None
+            and tracing_state() is None  # there shapes are tensors, and all goes to `compose`
+            and (residual.shape != input.shape or residual.dtype != input.dtype)
         ):
             output = self._normalize(input, None, False) + residual  # with its broadcasting
             return output.relu() if relu else output

@@ -1,5 +1,7 @@
-"""convert(model, fuse=True): what is fused in the usual architectures, what is not, and that numbers,
-names and objects stay."""
+"""convert(model, fuse=True): what is fused in the usual architectures, and what is not.
+
+Numbers, names and objects stay.
+"""
 
 import copy
 import pickle
@@ -312,6 +314,14 @@ class ChangesTheOther(Sample):
         return z.relu() + y
 
 
+class ChangesItsInput(Sample):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        y = self.bn(x)
+        with_more = x.add_(1)
+        return y.relu() + with_more
+
+
 class Scaled(Sample):
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(torch.add(self.bn(x), x, alpha=2))
@@ -336,7 +346,8 @@ class OtherActivation(Sample):
 REASONS = {
     UsedTwice: "no ReLU", CalledTwice: "more than one place", Optional: "optional arguments",
     ModeDependent: "training and eval", Counting: "changes the module", AsksForTypes: "type",
-    Branching: "cannot be traced", ChangesTheOther: "no ReLU", Scaled: "no ReLU",
+    Branching: "cannot be traced", ChangesTheOther: "no ReLU",
+    ChangesItsInput: "no ReLU", Scaled: "no ReLU",
     PlusNumber: "no ReLU", Itself: "no ReLU", OtherActivation: "no ReLU",
 }  # fmt: skip
 
