@@ -44,10 +44,10 @@ def run(model: nn.Sequential, x: Tensor, dtype: torch.dtype | None) -> tuple[dic
 @HALVES
 @MODES
 def test_autocast_with_float_parameters(training, dtype, device) -> None:
-    results = []
     x = torch.randn(4, 3, 9, 9, device=device)
-    for model in nets(device):
-        results.append(run(model.train(training), x.clone().requires_grad_(), dtype))
+    results = [
+        run(model.train(training), x.clone().requires_grad_(), dtype) for model in nets(device)
+    ]
     (ours, y, grads), (theirs, z, expected) = results
     assert ours == theirs
     assert ours["1"] == (dtype, dtype) and ours["grad of 1.weight"] == torch.float32

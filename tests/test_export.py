@@ -58,7 +58,7 @@ MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"]
 
 @MODES
 def test_exported_program_is_saved_and_loaded(training, tmp_path) -> None:
-    """With a dynamic batch size; in training the statistics are outputs that replace the buffers."""
+    """With a dynamic batch size; in training the buffers are changed."""
     ours, theirs = nets(training)
     batch = torch.export.Dim("batch", min=2, max=64)
     program = torch.export.export(ours, (data(),), dynamic_shapes=({0: batch},))
@@ -136,7 +136,8 @@ def test_torchscript_is_saved_and_loaded(training, tmp_path) -> None:
         if not training:
             frozen = torch.jit.optimize_for_inference(loaded)
             assert_close(frozen(x), theirs(x))
-            assert "batch_norm" not in str(frozen.graph), "not folded into the convolution"
+            left = str(frozen.graph).count("aten::batch_norm")
+            assert left == 1, "that after the convolution is not folded into it"
 
 
 def test_trace_of_a_training_model_updates_the_statistics() -> None:
