@@ -185,11 +185,13 @@ def normalize(
             )[0]
         return output
     except RuntimeError as error:
-        if not isinstance(error, NotImplementedError):
+        if input.shape == (0,):  # torch passes an empty tensor on, without channels as well
+            pass
+        elif not isinstance(error, NotImplementedError):
             if input.dtype in _DTYPES:
                 raise
             raise NotImplementedError(str(error)) from error  # torch's type for a dtype
-        if input.is_cuda:
+        elif input.is_cuda:
             raise RuntimeError(
                 "bnext was built without CUDA and cannot normalise a tensor on a GPU; "
                 f"bnext.build_info() says why ({error})"

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.ao.quantization as quantization
 import torch.fx.experimental.optimization as fx_optimization
+import torch.nn.utils.prune
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, update_bn
 
@@ -76,7 +77,7 @@ def test_ao_eager_fusion_needs_revert() -> None:
     expected = model(x)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(NotImplementedError, match="BatchNorm2d"):
+        with pytest.raises((AssertionError, NotImplementedError), match="BatchNorm2d"):
             quantization.fuse_modules(copy.deepcopy(model), groups)
         fused = quantization.fuse_modules(bnext.revert(copy.deepcopy(model)), groups)
     assert norms(fused) == []
@@ -219,7 +220,7 @@ def test_freeze_helpers_that_replace_the_module() -> None:
 
 
 def test_freeze_helpers_that_switch_to_eval() -> None:
-    """As detection code bases do: eval() and requires_grad_(False) on each, in a model that trains."""
+    """As detection code bases do: eval() and requires_grad_(False) in a model that trains."""
     results = []
     for norm in (bnext.BatchNorm2d, nn.BatchNorm2d):
         model = network(norm).train()
