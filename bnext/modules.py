@@ -302,8 +302,8 @@ class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
 
     .. warning::
         What replaces a batch norm by its type or attributes, such as
-        :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` and
-        :func:`torch.nn.utils.fuse_conv_bn_eval`, takes this for one and drops the activation.
+        :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` (use :class:`bnext.SyncBatchNorm`'s)
+        and :func:`torch.nn.utils.fuse_conv_bn_eval`, takes this for one and drops the activation.
 
     Example::
 
