@@ -16,29 +16,45 @@ from bnext._ops import DOUBLE_BACKWARD_DEVICES, EAGER, TRACED
 __all__ = ["BatchNormFunction", "apply", "traced_apply"]
 
 _Grads: TypeAlias = tuple[Tensor | None, ...]
+is_grad_enabled = torch.is_grad_enabled  # one lookup less a call
 
 
-def _backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
+def _eager_backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
     """Gradients by the formulas of the paper's section 3, in one op."""
     if grad_out is None:
         return None, None, None, None, None
     need_input, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
     eps, relu = ctx.eps_and_relu
-    if not relu and not (need_input or need_weight or need_bias):
-        return None, None, None, grad_out, None
-    if torch.compiler.is_dynamo_compiling():
-        gradients = TRACED.backward
-    elif torch.is_grad_enabled():
-        gradients = _differentiable_backward
-    else:
-        gradients = EAGER.backward
-    grad_input, grad_weight, grad_bias, grad_residual = gradients(
-        grad_out, *ctx.saved_tensors, eps, relu,
-        need_input, need_weight, need_bias, need_residual and relu,
-    )  # fmt: skip
-    if need_residual and not relu:
-        grad_residual = grad_out
-    return grad_input, grad_weight, grad_bias, grad_residual, None
+    gradients = _differentiable_backward if is_grad_enabled() else EAGER.backward
+    if relu or not need_residual:
+        grads: _Grads = gradients(
+            grad_out, *ctx.saved_tensors, eps, relu, need_input, need_weight, need_bias,
+            need_residual,
+        )  # fmt: skip
+        return *grads, None
+    if need_input or need_weight or need_bias:
+        grads = gradients(
+            grad_out, *ctx.saved_tensors, eps, relu, need_input, need_weight, need_bias, False
+        )
+        return *grads[:3], grad_out, None
+    return None, None, None, grad_out, None
+
+
+def _backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
+    """`_eager_backward`, for Dynamo too."""
+    if not torch.compiler.is_dynamo_compiling():
+        return _eager_backward(ctx, grad_out)
+    if grad_out is None:
+        return None, None, None, None, None
+    need_input, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
+    eps, relu = ctx.eps_and_relu
+    grads: _Grads = (None,) * 4
+    if relu or need_input or need_weight or need_bias:
+        grads = TRACED.backward(
+            grad_out, *ctx.saved_tensors, eps, relu, need_input, need_weight, need_bias,
+            need_residual and relu,
+        )  # fmt: skip
+    return *grads[:3], grad_out if need_residual and not relu else grads[3], None
 
 
 class BatchNormFunction(torch.autograd.Function):
@@ -90,8 +106,8 @@ class BatchNormFunction(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-# The engine calls this with what `_backward` takes; the one inherited looks `backward` up: 0.4 us.
-BatchNormFunction._backward_cls.apply = _backward  # type: ignore[attr-defined]
+# The engine calls this with what `backward` takes; the one inherited looks `backward` up: 0.4 us.
+BatchNormFunction._backward_cls.apply = _eager_backward  # type: ignore[attr-defined]
 # Function.apply itself only looks for functorch: 3 of 12 us, and callers of this have looked.
 apply: Callable[..., Tensor] = super(torch.autograd.Function, BatchNormFunction).apply
 

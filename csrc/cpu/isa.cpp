@@ -15,16 +15,16 @@ namespace bnext {
 namespace isa_default {
 const Kernels& kernels(DType dtype);
 const DoubleBackwardKernels& double_backward_kernels(DType dtype);
-}
+}  // namespace isa_default
 #if defined(__x86_64__)
 namespace isa_avx2 {
 const Kernels& kernels(DType dtype);
 const DoubleBackwardKernels& double_backward_kernels(DType dtype);
-}
+}  // namespace isa_avx2
 namespace isa_avx512 {
 const Kernels& kernels(DType dtype);
 const DoubleBackwardKernels& double_backward_kernels(DType dtype);
-}
+}  // namespace isa_avx512
 #endif
 
 const Kernels& kernels(Isa isa, DType dtype) {
