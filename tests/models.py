@@ -97,7 +97,7 @@ class Inverted(nn.Module):
 
 class MobileNet(nn.Sequential):
     def __init__(self) -> None:
-        super().__init__(ConvBNReLU(3, 8, 3), Inverted(8), nn.Hardtanh(0, 6), Inverted(8))
+        super().__init__(ConvBNReLU(3, 8, 3), Inverted(8), nn.Hardtanh(0.0, 6.0), Inverted(8))
 
 
 class DenseLayer(nn.Module):

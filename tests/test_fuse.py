@@ -5,6 +5,7 @@ Numbers, names and objects stay.
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -108,7 +109,10 @@ def test_fused_model_is_copied_pickled_traced_scripted_and_compiled(name, tmp_pa
     x = torch.randn(3, 3, 8, 8)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for result in (compiled(x), torch.fx.symbolic_trace(model)(x), torch.jit.trace(model, x)(x)):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        scripted, traced = torch.jit.script(model), torch.jit.trace(model, x)
+    for result in (compiled(x), torch.fx.symbolic_trace(model)(x), scripted(x), traced(x)):
         torch.testing.assert_close(result, original(x), rtol=1e-4, atol=1e-5)
     exported = torch.export.export(model, (x,)).module()
     torch.testing.assert_close(exported(x), original(x), rtol=1e-4, atol=1e-5)
