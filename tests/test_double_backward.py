@@ -235,3 +235,24 @@ def test_r1_regularisation_trains_as_with_torch(device) -> None:
             grad.square().sum().backward()
             optimizer.step()
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-3, atol=1e-5)
+
+
+def test_third_derivative_through_other_operations(device) -> None:
+    """Against the formula itself: ATen's own third derivative lacks terms (torch 2.13)."""
+    case = make((4, 3, 5), dtypes=DTYPES[1], device=device)
+
+    def ours(x: Tensor, weight: Tensor) -> Tensor:
+        return batch_norm_act(x, None, None, weight, case.bias, training=True, act=None)
+
+    def formula(x: Tensor, weight: Tensor) -> Tensor:
+        return reference.forward(x, weight, case.bias).output
+
+    results = []
+    for function in (ours, formula):
+        x, weight = (t.detach().clone().requires_grad_() for t in (case.x, case.weight))
+        # The incoming gradient is a function of the input too: what it owes counts once.
+        loss = function(x * 1.5, weight).tanh().sum()
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(3).sum(), x, create_graph=True)
+        results.append(torch.autograd.grad(second.square().sum(), (x, weight)))
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
