@@ -192,8 +192,8 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
                                 coefficients[channel] =
                                     finish_forward<C>(call, channel0 + channel, m, rank == 0);
                               });
+    // The barriers of join_threads stand before the coefficients of the next turn.
     apply_forward<T, V>(call, items, coefficients, channel0, source);
-    sync_block();  // before the coefficients of the next turn
   }
 }
 

@@ -11,6 +11,9 @@ extern const char __ehdr_start[] __attribute__((visibility("hidden")));  // the 
 void bnext_set_seed(uint64_t seed) {
   set_seed(seed);
 }
+void bnext_set_defect(int number) {
+  defect = number;
+}
 void bnext_set_limits(const Limits* l) {
   limits = *l;
 }
@@ -21,11 +24,13 @@ const char* bnext_error() {
   return error().c_str();
 }
 
-// Addresses in the library of the kernels launched so far: their number, and the first `room`.
+// Addresses in the library of the kernels launched since the last call: their number, and the first
+// `room`.
 int64_t bnext_launched(uint64_t* addresses, int64_t room) {
   int64_t n = 0;
   for (const uintptr_t address : launched)
     if (n++ < room) addresses[n - 1] = address - reinterpret_cast<uintptr_t>(__ehdr_start);
+  launched.clear();
   return n;
 }
 

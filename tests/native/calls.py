@@ -82,7 +82,7 @@ A100 = CudaInfo(80, 108, 164 * KIB, 163 * KIB, 40 * KIB**2, 1)
 SMALL = CudaInfo(90, 2, 64 * KIB, 63 * KIB, 512 * KIB, 8)
 
 
-class Failed(Exception):
+class EmulatorError(Exception):
     """An error of the emulator."""
 
 
@@ -121,24 +121,34 @@ def plan(e: Emulator, p: Problem, info: CudaInfo = H100, family: int = -1, team:
     result = CudaPlan()
     if e.library.bnext_plan(ctypes.byref(p), ctypes.byref(info), family, team,
                             ctypes.byref(result)):  # fmt: skip
-        raise Failed(e.error())
+        raise EmulatorError(e.error())
     for name, value in fields.items():
         setattr(result, name, value)
     return result
 
 
-def with_team(plan: CudaPlan, team_blocks: int, teams: int = 0) -> CudaPlan:
+def with_team(plan: CudaPlan, p: Problem, team_blocks: int, teams: int = 0) -> CudaPlan:
     """Cut for teams of another size (of the same kind); 0 teams: one for each group."""
     changed = CudaPlan.from_buffer_copy(plan)
     changed.team_blocks = team_blocks
     changed.teams = teams or plan.groups
     changed.rows_per_block = -(-plan.rows // team_blocks)
-    slots = changed.teams * (2 if plan.team == GRID else 1)
-    lanes = plan.group * plan.lanes_per_channel
-    if plan.team in (GRID, STREAM):
-        changed.workspace_bytes = slots * team_blocks * lanes * 24
+    if plan.map == COLUMNS:
+        items = -(-changed.rows_per_block // (plan.threads // plan.columns))
+    else:
+        row_items = -(-plan.segment_width // 8) * (8 // plan.vector)
+        items = -(-changed.rows_per_block * row_items // (plan.threads // plan.group))
     if plan.team == STREAM:
         changed.groups_per_launch = changed.teams
+    else:
+        operands = 2 if "backward" in STAGES[p.stage] else 1
+        slab = operands * plan.threads * plan.vector * DTYPES[p.dtype].itemsize  # of an item
+        changed.shared_bytes += (items - plan.items_per_thread) * slab
+        changed.items_per_thread = items
+    if plan.team in (GRID, STREAM):
+        parities = 2 if plan.team == GRID else 1
+        lanes = plan.group * plan.lanes_per_channel
+        changed.workspace_bytes = parities * changed.teams * team_blocks * lanes * 24
     return changed
 
 
@@ -179,7 +189,7 @@ def forward(e: Emulator, plan: CudaPlan, p: Problem, x: Tensor, *, weight=None, 
         math.nan if momentum is None else momentum, eps,
     )  # fmt: skip
     if e.library.bnext_forward(ctypes.byref(plan), ctypes.byref(p), ctypes.byref(args)):
-        raise Failed(f"{e.error()}: {plan}")
+        raise EmulatorError(f"{e.error()}: {plan}")
     return Forward(output, mask, save_stats)
 
 
@@ -198,5 +208,5 @@ def backward(e: Emulator, plan: CudaPlan, p: Problem, grad_out: Tensor, x: Tenso
         pointer(out.residual), vector(out.weight), vector(out.bias), eps,
     )  # fmt: skip
     if e.library.bnext_backward(ctypes.byref(plan), ctypes.byref(p), ctypes.byref(args)):
-        raise Failed(f"{e.error()}: {plan}")
+        raise EmulatorError(f"{e.error()}: {plan}")
     return out

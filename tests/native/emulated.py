@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import ninja
@@ -12,13 +13,14 @@ import ninja
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
+HOST = [HERE / "harness.cpp", CSRC / "plan_cuda.cpp", CSRC / "plan_text.cpp"]
 EMULATOR = [HERE / f"{name}.cpp" for name in ("emulation", "fiber", "memory", "api")]
 
 COMMON = ["-std=c++20", "-g1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing",
           "-fvisibility-inlines-hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
           f"-I{HERE}"]  # fmt: skip
-# gcc does not see that lanes without a channel have no valid items.
-KERNELS = ["-Wno-maybe-uninitialized"]
+# Warnings of kernels are nvcc's to give: gcc does not see which lanes have a channel.
+KERNELS = ["-w"]
 # variant -> (flags of everything, flags of kernels alone)
 VARIANTS = {
     "plain": (["-O1"], []),
@@ -49,8 +51,8 @@ def build(name: str, variant: str, sources: list[Path], kernels: list[Path],
     objects = []
     for source in EMULATOR + sources + kernels:
         objects.append(f"{name}-{source.stem}.o")
-        lines += [f"build {objects[-1]}: compile {source}",
-                  f"  more = {shlex.join(KERNELS + instrumented if source in kernels else [])}"]  # fmt: skip
+        more = KERNELS + instrumented if source in kernels else []
+        lines += [f"build {objects[-1]}: compile {source}", f"  more = {shlex.join(more)}"]
     lines.append(f"build {name}.so: link {' '.join(objects)}")
     file = folder / f"{name}.ninja"
     text = "\n".join(lines) + "\n"
@@ -120,7 +122,19 @@ def selftest(variant: str) -> Emulator:
     return Emulator(build("selftest", variant, [], [HERE / "selftest.cpp"]))
 
 
-def kernels(variant: str, csrc: Path = CSRC, name: str = "kernels") -> Emulator:
-    """The project's kernels, or those of a changed copy of its sources."""
-    host = [HERE / "harness.cpp", CSRC / "plan_cuda.cpp", CSRC / "plan_text.cpp"]
-    return Emulator(build(name, variant, host, sorted(csrc.glob("cuda/launch*.cu"))))
+def kernels(variant: str) -> Emulator:
+    return Emulator(build("kernels", variant, HOST, sorted(CSRC.glob("cuda/launch*.cu"))))
+
+
+def kernels_with_defects(variant: str, change: Callable[[str, str], str]) -> Emulator:
+    """Kernels of float32 from a copy of their sources: change(file name, text) -> text."""
+    copy = ROOT / "build" / "native" / "defects" / "csrc"
+    for file in [*CSRC.glob("*.h"), *CSRC.glob("cuda/*.*")]:
+        target = copy / file.relative_to(CSRC)
+        text = change(file.name, file.read_text())
+        if not target.exists() or target.read_text() != text:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text)
+    files = [copy / "cuda" / f"launch{name}.cu" for name in
+             ("", "_forward_float32", "_backward_float32")]  # fmt: skip
+    return Emulator(build("defects", variant, [*HOST, HERE / "other_dtypes.cpp"], files))

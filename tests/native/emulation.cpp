@@ -10,6 +10,7 @@ Index3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace bnext::emulation {
 
+int defect = -1;
 Limits limits;
 Statistics statistics;
 std::set<uintptr_t> launched;

@@ -47,6 +47,9 @@ struct LaunchShape {
 
 namespace emulation {
 
+// The number of the defect that a build of kernels with defects shows (test_native_defects.py).
+extern int defect;
+
 using Where = std::source_location;
 enum class Scope { kWarp, kBlock, kCluster, kGrid };
 

@@ -1,0 +1,138 @@
+"""Calls of the CUDA kernels under the emulator, against the float64 reference."""
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import reference
+from cases import Case
+from native import calls, emulated
+from native.calls import H100, RESIDENT
+
+
+class Both:
+    """The emulator with every access checked, and the fast one."""
+
+    def __init__(self) -> None:
+        self.checked = emulated.kernels("checked")
+        self.plain = emulated.kernels("plain")
+
+    def run(self, call, seed: int = 1):
+        """call(emulator) twice."""
+        self.checked.seed(seed)
+        first = call(self.checked)
+        self.plain.seed(seed + 1)
+        second = call(self.plain)
+        assert_same_bits(first, second)
+        return first
+
+
+def assert_same_bits(a, b) -> None:
+    for field in dataclasses.fields(a):
+        one, other = getattr(a, field.name), getattr(b, field.name)
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+@functools.cache
+def both() -> Both:
+    return Both()
+
+
+@dataclass
+class Setting:
+    """How to call: what follows the normalisation, and by which plan."""
+
+    relu: bool = False
+    family: int = RESIDENT
+    team: int | None = None
+    info: calls.CudaInfo = H100
+    team_blocks: int | None = None  # instead of the plan's
+    teams: int = 0
+
+    def plan(self, e: emulated.Emulator, p: calls.Problem) -> calls.CudaPlan:
+        plan = calls.plan(e, p, self.info, self.family, -1 if self.team is None else self.team)
+        return calls.with_team(plan, p, self.team_blocks, self.teams) if self.team_blocks else plan
+
+
+def problem(case: Case, setting: Setting, stage: str, **fields) -> calls.Problem:
+    residual = case.residual is not None
+    return calls.problem(case.x, stage, relu=setting.relu, residual=residual, **fields)
+
+
+def bits_of(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask as bool of x's shape."""
+    channels_last = calls.is_channels_last(x)
+    width = x.shape[1] if channels_last else x[0, 0].numel()
+    bits = mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
+    bits = bits.flatten(1)[:, :width].bool()
+    if channels_last:
+        return bits.reshape(x.movedim(1, -1).shape).movedim(-1, 1)
+    return bits.reshape(x.shape)
+
+
+def packed(active: Tensor, x: Tensor) -> Tensor:
+    """The mask that stands for `active`: rows of memory, padded to bytes."""
+    channels_last = calls.is_channels_last(x)
+    rows = (
+        active.movedim(1, -1).flatten(0, -2) if channels_last else active.flatten(2).flatten(0, 1)
+    )
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8)).unflatten(1, (-1, 8))
+    return (rows.to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(2).to(torch.uint8)
+
+
+def check_training(case: Case, setting: Setting, **fields) -> calls.CudaPlan:
+    """Forward and backward against the reference; returns the forward's plan."""
+    x, affine = case.x, {"weight": case.weight, "bias": case.bias}
+    p = problem(case, setting, "train_forward", **fields)
+    states: list[list[Tensor]] = []
+
+    def run_forward(e):
+        state = [case.running_mean.clone(), case.running_var.clone(), torch.tensor(3)]
+        states.append(state)
+        return calls.forward(
+            e, setting.plan(e, p), p, x, residual=case.residual, running=tuple(state[:2]),
+            num_batches_tracked=state[2], **affine,
+        )  # fmt: skip
+
+    ours = both().run(run_forward)
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+    expected = reference.forward(x, case.weight, case.bias, case.residual, relu=setting.relu)
+    reference.assert_as_good_as_torch(
+        ours.output, None, expected.output, expected.magnitude, "output"
+    )
+    stats = torch.stack([expected.mean, expected.invstd])
+    torch.testing.assert_close(ours.save_stats, stats, rtol=1e-5, atol=1e-6)
+    new = reference.updated_running_stats(x, case.running_mean, case.running_var, 0.1)
+    for got, want in zip(states[0], new, strict=False):
+        torch.testing.assert_close(got, want.to(got.dtype), rtol=1e-2, atol=1e-2)
+    assert states[0][2] == 4
+    active = ours.output > 0 if setting.relu else None
+    if ours.mask is not None:
+        assert bool((bits_of(ours.mask, x) == active).all())
+
+    p = problem(case, setting, "train_backward", **fields)
+    grads = both().run(lambda e: calls.backward(
+        e, setting.plan(e, p), p, case.grad_out, x, mask=ours.mask,
+        save_stats=ours.save_stats, **affine,
+    ))  # fmt: skip
+    check_gradients(grads, case, reference.backward(case.grad_out, x, case.weight, active=active))
+    both().plain.seed(1)
+    return setting.plan(both().plain, problem(case, setting, "train_forward", **fields))
+
+
+def check_gradients(grads: calls.Backward, case: Case, expected: reference.Backward) -> None:
+    for name in ("input", "weight", "bias"):
+        got = getattr(grads, name)
+        if got is not None:
+            reference.assert_as_good_as_torch(
+                got, None, getattr(expected, name), getattr(expected, f"{name}_magnitude"), name
+            )
+    if grads.residual is not None:
+        torch.testing.assert_close(
+            grads.residual, expected.residual.to(case.x.dtype), rtol=0, atol=0
+        )

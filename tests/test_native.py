@@ -1,0 +1,98 @@
+"""The CUDA kernels on the CPU: every instantiation against the float64 reference.
+
+Each call runs twice: with every access checked (races, bounds, bytes never written, copies not
+waited for), and without, in another order drawn at random; the results are the same bits.
+"""
+
+import pytest
+import torch
+
+from cases import DTYPES, dtype_id, make, shape_id
+from native.calls import BLOCK, CLUSTER, COLUMNS, GRID, RESIDENT, ROWS, SMALL, STREAMING
+from native.checks import Setting, check_training
+
+NCHW, NHWC = torch.contiguous_format, torch.channels_last
+# (elements of an access, how memory is cut) -> shapes of 2-byte and of 4-byte elements: several
+# groups, the last one with fewer channels.
+LAYOUTS = {
+    (8, ROWS): ((3, 5, 9, 8), NCHW),
+    (4, ROWS): ((3, 5, 17, 4), NCHW),
+    (1, ROWS): ((3, 5, 71, 1), NCHW),
+    (8, COLUMNS): ((6, 72, 5, 2), NHWC),
+    (4, COLUMNS): ((6, 68, 5, 2), NHWC),
+    (1, COLUMNS): ((6, 67, 5, 2), NHWC),
+}
+SHORT_ROWS = {8: (9, 24, 7, 7), 4: (9, 20, 7, 7), 1: (9, 5, 7, 3)}
+WIDEST = {torch.float32: 4, torch.float64: 1, torch.bfloat16: 8, torch.float16: 8}
+TEAMS = {"block": BLOCK, "cluster": CLUSTER, "grid": GRID, "stream": None}
+
+
+def layouts() -> list:
+    found = []
+    for dtypes in DTYPES:
+        for (v, index_map), layout in LAYOUTS.items():
+            if v <= WIDEST[dtypes[0]] and not (dtypes[0] == torch.float64 and v > 1):
+                found.append(pytest.param(dtypes, v, index_map, layout))
+    return found
+
+
+@pytest.mark.parametrize("team", TEAMS)
+@pytest.mark.parametrize(("dtypes", "v", "index_map", "layout"), layouts(), ids=lambda v: (
+    shape_id(v) or dtype_id(v) if isinstance(v, tuple) else str(v)
+))  # fmt: skip
+def test_training(dtypes, v, index_map, layout, team) -> None:
+    setting = Setting(family=STREAMING if team == "stream" else RESIDENT, team=TEAMS[team],
+                      info=SMALL)  # fmt: skip
+    number = list(TEAMS).index(team) + v + DTYPES.index(dtypes)
+    affine = [(True, True), (False, True), (True, False), (False, False)][number % 4]
+    plan = check_training(make(*layout, dtypes, affine=affine), setting)
+    assert (plan.vector, plan.map) == (v, index_map)
+    setting.relu = True
+    check_training(make(*layout, dtypes), setting)
+    check_training(make(*layout, dtypes, residual=True), setting)
+
+
+@pytest.mark.parametrize("team", TEAMS)
+@pytest.mark.parametrize("v", SHORT_ROWS)
+def test_short_rows_are_columns(v, team) -> None:
+    setting = Setting(family=STREAMING if team == "stream" else RESIDENT, team=TEAMS[team],
+                      info=SMALL, relu=True)  # fmt: skip
+    plan = check_training(make(SHORT_ROWS[v], NCHW, DTYPES[2]), setting)
+    channel = SHORT_ROWS[v][2] * SHORT_ROWS[v][3]
+    assert (plan.vector, plan.map, plan.lanes_per_channel) == (v, COLUMNS, channel)
+
+
+@pytest.mark.parametrize("layout", [((9, 3, 10, 12), NCHW), ((9, 40, 5, 3), NHWC)], ids=shape_id)
+@pytest.mark.parametrize("blocks", [2, 4, 8, 16])
+def test_sizes_of_clusters(blocks, layout) -> None:
+    setting = Setting(team=CLUSTER, team_blocks=blocks, relu=True)
+    check_training(make(*layout, DTYPES[2], residual=True), setting)
+
+
+@pytest.mark.parametrize("layout", [((9, 7, 10, 12), NCHW), ((9, 130, 3, 3), NHWC)], ids=shape_id)
+@pytest.mark.parametrize(("blocks", "teams"), [(3, 2), (1, 3), (5, 1)])
+def test_grids_of_teams_that_take_turns(blocks, teams, layout) -> None:
+    setting = Setting(team=GRID, team_blocks=blocks, teams=teams, relu=True)
+    check_training(make(*layout, DTYPES[0]), setting)
+
+
+@pytest.mark.parametrize("layout", [((5, 7, 10, 12), NCHW), ((9, 130, 3, 3), NHWC)], ids=shape_id)
+@pytest.mark.parametrize(("blocks", "teams"), [(3, 2), (1, 3), (4, 1)])
+def test_streaming_in_ranges(blocks, teams, layout) -> None:
+    setting = Setting(family=STREAMING, team_blocks=blocks, teams=teams)
+    check_training(make(*layout, DTYPES[0]), setting)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 1, 2), (3, 40, 1), (2, 3, 300), (1, 2, 1000)])
+@pytest.mark.parametrize("team", TEAMS)
+def test_odd_sizes(team, shape) -> None:
+    setting = Setting(family=STREAMING if team == "stream" else RESIDENT, team=TEAMS[team],
+                      info=SMALL, relu=True)  # fmt: skip
+    check_training(make(shape, NCHW, DTYPES[0]), setting)
+
+
+@pytest.mark.parametrize("alignment", [2, 4, 8])
+def test_tensors_that_are_aligned_less(alignment) -> None:
+    case = make((3, 5, 9, 8), NCHW, DTYPES[2])
+    plan = check_training(case, Setting(), alignment=alignment)
+    assert plan.vector == {2: 1, 4: 1, 8: 4}[alignment]
