@@ -9,7 +9,8 @@ Environment
     BNEXT_CUDA                      auto (default: if a working nvcc is found) | 0 | 1
     CUDA_HOME                       the CUDA toolkit (default: the one of the nvcc on PATH)
     TORCH_CUDA_ARCH_LIST            e.g. "8.0;9.0+PTX" (default: this machine's GPUs, else
-                                    DEFAULT_CUDA_ARCHS)
+                                    DEFAULT_CUDA_ARCHS, and PTX for later ones)
+    NVCC_APPEND_FLAGS               nvcc's own: flags appended to its command lines
     BNEXT_SANITIZE                  sanitizers to build with, e.g. address,undefined
 """
 
@@ -48,7 +49,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     CPU_ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
     CPU_ISAS["avx512"] += " -mprefer-vector-width=512"
     CPU_ISAS["avx512"] += " -Wno-uninitialized"  # a false alarm in the intrinsics of gcc 12
-DEFAULT_CUDA_ARCHS = ("8.0", "9.0", "10.0", "12.0")
+# Where no GPU says otherwise: 8.6 and 8.9 run what 8.0 does, and what is later than 10.0 compiles its
+# PTX at first use. Each takes minutes to compile.
+DEFAULT_CUDA_ARCHS = ("8.0", "9.0", "10.0")
 
 
 @dataclass(frozen=True)

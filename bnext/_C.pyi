@@ -29,6 +29,7 @@ def plan_cuda(
     device: CudaInfo,
     need_input: bool = True,
     need_params: bool = True,
+    save_mask: bool = True,
     alignment: int = 16,
 ) -> CudaPlan: ...
 

@@ -30,6 +30,7 @@ struct Problem {
   bool relu;      // y = relu(bn(x) + residual)
   bool residual;  // a residual is added; backward: its gradient is asked for
   bool need_input = true, need_params = true;  // backward: dx; any of dweight, dbias
+  bool save_mask = true;                       // forward: for a backward to come
   int alignment = 16;                          // bytes that all tensors' addresses share
 
   constexpr int64_t numel() const { return n * c * hw; }
@@ -38,7 +39,7 @@ struct Problem {
   // The 1-bit ReLU mask: rows of memory, each padded to whole bytes.
   constexpr int64_t mask_rows() const { return channels_last ? n * hw : n * c; }
   constexpr int64_t mask_row_bytes() const { return ((channels_last ? c : hw) + 7) / 8; }
-  constexpr bool masked() const { return relu && residual; }
+  constexpr bool masked() const { return relu && residual && save_mask; }
   // Whether elements are written, and not only sums.
   constexpr bool applies() const { return !is_backward(stage) || need_input || residual; }
 

@@ -62,10 +62,12 @@ CpuPlan plan(int64_t n, int64_t c, int64_t hw, bool channels_last, const std::st
 
 CudaPlan plan_on_cuda(int64_t n, int64_t c, int64_t hw, bool channels_last,
                       const std::string& dtype, const std::string& stage, bool relu, bool residual,
-                      const CudaInfo& device, bool need_input, bool need_params, int alignment) {
+                      const CudaInfo& device, bool need_input, bool need_params, bool save_mask,
+                      int alignment) {
   Problem problem = make_problem(n, c, hw, channels_last, dtype, stage, relu, residual);
   problem.need_input = need_input;
   problem.need_params = need_params;
+  problem.save_mask = save_mask;
   problem.alignment = alignment;
   return plan_cuda(problem, device, cuda_choice_of_environment());
 }
@@ -157,7 +159,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan_cuda", &plan_on_cuda, py::arg("n"), py::arg("c"), py::arg("hw"),
         py::arg("channels_last"), py::arg("dtype"), py::arg("stage"), py::arg("relu"),
         py::arg("residual"), py::arg("device"), py::arg("need_input") = true,
-        py::arg("need_params") = true, py::arg("alignment") = 16);
+        py::arg("need_params") = true, py::arg("save_mask") = true, py::arg("alignment") = 16);
 
   py::class_<CudaInfo>(m, "CudaInfo")
       .def(py::init(&make_cuda_info), py::arg("capability"), py::arg("sms"),

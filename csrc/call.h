@@ -21,8 +21,9 @@ struct Ops {
       const OptionalTensor& residual, const OptionalTensor& running_mean,
       const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
       std::optional<double> momentum, double eps, bool relu, bool save_mask) {
-    const auto [x, channels_last, problem] =
+    auto [x, channels_last, problem] =
         check_input(input, Stage::kTrainForward, relu, residual.has_value());
+    problem.save_mask = save_mask;
     ForwardArgs args{};
     args.weight = check_param_in("weight", weight, x);
     args.bias = check_param_in("bias", bias, x);
@@ -35,12 +36,11 @@ struct Ops {
 
     Tensor output = Backend::allocate_output(x, channels_last);
     Tensor save_stats = allocate_save_stats(x);
-    const bool masked = relu && residual && save_mask;
     Tensor mask = save_mask ? allocate_mask(x, problem) : Tensor();
     args.input = x.const_data_ptr();
     args.residual = z ? z->const_data_ptr() : nullptr;
     args.output = output.mutable_data_ptr();
-    args.relu_mask = masked ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
+    args.relu_mask = problem.masked() ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
     args.save_stats = static_cast<double*>(save_stats.mutable_data_ptr());
     args.momentum = momentum.value_or(std::numeric_limits<double>::quiet_NaN());
     args.eps = eps;
@@ -62,8 +62,9 @@ struct Ops {
       const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
       const OptionalTensor& residual, const Tensor& running_mean, const Tensor& running_var,
       double eps, bool relu, bool save_mask) {
-    const auto [x, channels_last, problem] =
+    auto [x, channels_last, problem] =
         check_input(input, Stage::kEvalForward, relu, residual.has_value());
+    problem.save_mask = save_mask;
     ForwardArgs args{};
     args.weight = check_param_in("weight", weight, x);
     args.bias = check_param_in("bias", bias, x);
@@ -74,12 +75,11 @@ struct Ops {
                  : std::nullopt;
 
     Tensor output = Backend::allocate_output(x, channels_last);
-    const bool masked = relu && residual && save_mask;
     Tensor mask = save_mask ? allocate_mask(x, problem) : Tensor();
     args.input = x.const_data_ptr();
     args.residual = z ? z->const_data_ptr() : nullptr;
     args.output = output.mutable_data_ptr();
-    args.relu_mask = masked ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
+    args.relu_mask = problem.masked() ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
     args.eps = eps;
     if (problem.numel() > 0) Backend::run(problem, args, x);
     return {output, mask};

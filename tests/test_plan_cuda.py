@@ -145,9 +145,10 @@ def test_every_plan(problem, gpu, needs, alignment) -> None:
     forward = "forward" in problem[5]
     needs = (True, True) if forward else needs
     alignment = max(alignment, SIZES[problem[4]])
-    p = _C.plan_cuda(*problem, GPUS[gpu], *needs, alignment)
+    arguments = (*problem, GPUS[gpu], *needs, True, alignment)
+    p = _C.plan_cuda(*arguments)
     check(problem, GPUS[gpu], p, needs, alignment)
-    assert p == _C.plan_cuda(*problem, GPUS[gpu], *needs, alignment), "the plan is a function"
+    assert p == _C.plan_cuda(*arguments), "the plan is a function"
 
 
 @given(
@@ -301,6 +302,9 @@ def test_index_map_and_vector(c, hw, channels_last, dtype, alignment, index_map,
 def test_a_mask_keeps_rows() -> None:
     assert plan(32, 64, 49, relu=True, residual=True).index_map == "rows"
     assert plan(32, 64, 49, relu=True).index_map == "columns"
+    without = plan(32, 64, 49, "eval_forward", relu=True, residual=True, save_mask=False)
+    assert without.index_map == "columns"
+    assert without.bytes_floor == 3 * 32 * 64 * 49 * 2
 
 
 def test_huge_problems() -> None:

@@ -28,7 +28,8 @@ class Problem(Fields):
     _fields_ = [
         ("stage", c_uint8), ("n", c_int64), ("c", c_int64), ("hw", c_int64),
         ("channels_last", c_bool), ("dtype", c_uint8), ("relu", c_bool), ("residual", c_bool),
-        ("need_input", c_bool), ("need_params", c_bool), ("alignment", c_int),
+        ("need_input", c_bool), ("need_params", c_bool), ("save_mask", c_bool),
+        ("alignment", c_int),
     ]  # fmt: skip
 
 
@@ -103,7 +104,7 @@ def problem(x: Tensor, stage: str, **fields) -> Problem:
     n, c = x.shape[:2]
     p = Problem(
         STAGES.index(stage), n, c, math.prod(x.shape[2:]), is_channels_last(x),
-        DTYPES.index(x.dtype), False, False, True, True, 16,
+        DTYPES.index(x.dtype), False, False, True, True, True, 16,
     )  # fmt: skip
     for name, value in fields.items():
         setattr(p, name, value)
