@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from cases import DTYPES, dtype_id, make, shape_id
+from native import calls
 from native.calls import BLOCK, CLUSTER, COLUMNS, GRID, RESIDENT, ROWS, SMALL, STREAMING
-from native.checks import Setting, check_training
+from native.checks import Setting, both, check_training
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 # (elements of an access, how memory is cut) -> shapes of 2-byte and of 4-byte elements: several
@@ -96,3 +97,26 @@ def test_tensors_that_are_aligned_less(alignment) -> None:
     case = make((3, 5, 9, 8), NCHW, DTYPES[2])
     plan = check_training(case, Setting(), alignment=alignment)
     assert plan.vector == {2: 1, 4: 1, 8: 4}[alignment]
+
+
+def test_every_kernel_is_launched_by_some_plan() -> None:
+    e = both().plain
+    e.kernels()  # forgets what was launched before
+    for dtypes, _, _, layout in (p.values for p in layouts()):
+        case = make(*layout, dtypes)
+        stats = torch.stack([case.running_mean, case.running_var]).double()
+        for family in (RESIDENT, STREAMING):
+            p = calls.problem(case.x, "train_forward")
+            calls.forward(e, calls.plan(e, p, SMALL, family), p, case.x)
+            p = calls.problem(case.x, "train_backward")
+            plan = calls.plan(e, p, SMALL, family)
+            calls.backward(e, plan, p, case.grad_out, case.x, save_stats=stats)
+        p = calls.problem(case.x, "eval_backward")
+        calls.backward(e, calls.plan(e, p), p, case.grad_out, case.x, frozen=case.stats)
+    p = calls.problem(case.x, "train_forward")
+    calls.forward(
+        e, calls.plan(e, p), p, case.x, num_batches_tracked=torch.tensor(0), momentum=None
+    )
+    launched = e.kernels()
+    assert len(launched) > 100
+    assert not [name for name, was in launched.items() if not was]
