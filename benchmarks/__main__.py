@@ -1,4 +1,4 @@
-"""Command line: the kernel benchmark by default, `train` and `overhead` by name."""
+"""Command line: the kernel benchmark by default (`gpu` where there is one), others by name."""
 
 import argparse
 import sys
@@ -6,7 +6,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import kernels, overhead, providers, train
+import bnext
+from benchmarks import dram, gpu, kernels, overhead, providers, resnet50, train
+from benchmarks.gpu import cases as gpu_cases
+from benchmarks.gpu import clock
+from benchmarks.gpu import run as gpu_run
+
+DEFAULT_MODES = ["cold graph", "warm graph", "warm eager"]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -19,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         "python -m benchmarks",
-        description="Without a command: kernels. Each has its own --help.",
+        description="Without a command: gpu where there is one, else kernels. All have --help.",
     )
     commands = parser.add_subparsers(dest="command", required=True)
     kernel = commands.add_parser("kernels", parents=[shared], help=kernels.__doc__)
@@ -31,6 +37,20 @@ def _parser() -> argparse.ArgumentParser:
     kernel.add_argument("--filter", default="", help="regular expression, as in '64x56.*bfloat16'")
     kernel.add_argument("--budget", type=float, help="seconds per case, direction and allocator")
     kernel.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    on_gpu = commands.add_parser("gpu", parents=[shared], help=gpu.__doc__)
+    on_gpu.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu: a smoke test")
+    on_gpu.add_argument("--filter", default="", help="regular expression, as in '^64x.*bfloat16'")
+    on_gpu.add_argument("--mode", nargs="+", default=DEFAULT_MODES, choices=clock.MODES)
+    on_gpu.add_argument("--budget", type=float, help="milliseconds per measurement")
+    on_gpu.add_argument("--minutes", type=float, default=6.0, help="for everything (%(default)s)")
+    on_gpu.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    network = commands.add_parser("resnet50", parents=[shared], help=resnet50.__doc__)
+    network.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu: a smoke test")
+    network.add_argument("--batch", type=int, help="images (default 256; 4 with --quick)")
+    network.add_argument("--minutes", type=float, default=9.0, help="for all (%(default)s)")
+    network.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    traffic = commands.add_parser("dram", parents=[shared], help=dram.__doc__)
+    traffic.add_argument("--workload", action="store_true", help="what ncu is to look at")
     training = commands.add_parser("train", parents=[shared], help=train.__doc__)
     training.add_argument("--epochs", type=int, help="passes over the training set (default 15)")
     commands.add_parser("overhead", parents=[shared], help=overhead.__doc__)
@@ -39,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str]) -> int:
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
-        argv = ["kernels", *argv]
+        has_gpu = bnext.build_info()["cuda"] and torch.cuda.is_available()
+        argv = ["gpu" if has_gpu else "kernels", *argv]
     args = _parser().parse_args(argv)
     if args.threads or args.command == "overhead":
         torch.set_num_threads(args.threads or 1)
@@ -47,6 +68,22 @@ def main(argv: list[str]) -> int:
         return train.run(args.out, epochs=args.epochs or (2 if args.quick else 15))
     if args.command == "overhead":
         return overhead.run(args.out, *((11, 20) if args.quick else (101, 300)))
+    if args.command == "resnet50":
+        batch = args.batch or (4 if args.quick else 256)
+        network = resnet50.Settings(
+            torch.device(args.device), batch, 64 if args.quick else 224, 2 if args.quick else 20
+        )
+        return resnet50.run(args.out, network, args.minutes, not args.no_compile)
+    if args.command == "dram":
+        return dram.workload() if args.workload else dram.run(args.out)
+    if args.command == "gpu":
+        some = gpu_run.matching(gpu_cases.quick() if args.quick else gpu_cases.full(), args.filter)
+        modes = [clock.MODES[name] for name in args.mode]
+        budget_s = (args.budget or (1.0 if args.quick else 6.0)) / 1e3
+        return gpu_run.run(
+            some, args.out, torch.device(args.device), modes, budget_s, args.minutes,
+            not args.no_compile,
+        )  # fmt: skip
     shapes = kernels.QUICK if args.quick else kernels.RESNET50
     batch = args.batch or (4 if args.quick else 32)
     cases = kernels.cases(shapes, batch, args.dtype, args.layout, args.filter)

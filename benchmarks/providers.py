@@ -95,14 +95,14 @@ def compiled(case: Case) -> BatchNorm:
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
-def why_not_compiled() -> str | None:
+def why_not_compiled(device: str = "cpu") -> str | None:
     """Why torch.compile cannot take part, or None; also sets it up for retained graphs."""
     import torch._functorch.config as functorch_config
 
     # Backward is timed by itself, again and again on one graph.
     functorch_config.donated_buffer = False
     try:
-        torch.compile(lambda t: t + 1, dynamic=False)(torch.zeros(8))
+        torch.compile(lambda t: t + 1, dynamic=False)(torch.zeros(8, device=device))
     except Exception as error:  # whatever Inductor lacks: a compiler, headers, OpenMP
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return None

@@ -16,7 +16,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from bnext._autograd import BatchNormFunction, apply, traced_apply
-from bnext._ops import EAGER
+from bnext._ops import _C, EAGER
 
 __all__ = ["BatchNormFunction", "batch_norm", "batch_norm_act"]
 
@@ -191,8 +191,8 @@ def normalize(
             raise NotImplementedError(str(error)) from error  # torch's type for a dtype
         if input.is_cuda:
             raise RuntimeError(
-                "bnext was built without CUDA and cannot normalise a tensor on a GPU; "
-                f"bnext.build_info() says why ({error})"
+                "bnext was built without CUDA and cannot normalise a tensor on a GPU: "
+                f"{_C.build_info()['cuda_missing']}"
             ) from error
         # A device or layout without a kernel of ours (xpu, mkldnn, ...).
         return compose(

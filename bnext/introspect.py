@@ -6,6 +6,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,7 +14,23 @@ import torch
 from bnext._ops import _C
 from bnext.functional import is_relu
 
-__all__ = ["Explanation", "build_info", "explain"]
+__all__ = ["GPUS", "CudaInfo", "Explanation", "build_info", "explain"]
+
+CudaInfo = _C.CudaInfo
+"""What the plan asks of a GPU: capability (times 10), SMs, shared memory, L2, cluster size."""
+
+_KIB, _MIB = 1024, 1024 * 1024
+GPUS = MappingProxyType(
+    {
+        "A100": CudaInfo(80, 108, 164 * _KIB, 163 * _KIB, 40 * _MIB, 1),
+        "RTX 3090": CudaInfo(86, 82, 100 * _KIB, 99 * _KIB, 6 * _MIB, 1),
+        "H100": CudaInfo(90, 132, 228 * _KIB, 227 * _KIB, 50 * _MIB, 16),
+        "H200": CudaInfo(90, 132, 228 * _KIB, 227 * _KIB, 60 * _MIB, 16),
+        "B200": CudaInfo(100, 148, 228 * _KIB, 227 * _KIB, 126 * _MIB, 16),
+        "RTX 5090": CudaInfo(120, 170, 100 * _KIB, 99 * _KIB, 96 * _MIB, 8),
+    }
+)
+"""Some GPUs by name, to ask :func:`explain` about without having them."""
 
 
 def build_info() -> dict[str, Any]:
@@ -36,9 +53,9 @@ class Explanation:
     training: bool
     act: str | None
     residual: bool
-    device: _C.DeviceInfo
-    forward: _C.Plan
-    backward: _C.Plan
+    device: _C.DeviceInfo | CudaInfo
+    forward: _C.Plan | _C.CudaPlan
+    backward: _C.Plan | _C.CudaPlan
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -48,9 +65,7 @@ class Explanation:
                 f"batch norm of {self.shape} {_name(self.dtype)} {_name(self.memory_format)}, "
                 f"{'training' if self.training else 'eval'}"
                 f"{', plus a residual' if self.residual else ''}{activation}",
-                f"  on     {self.device.threads} threads, {self.device.isa}, caches "
-                f"{_size(self.device.l1_bytes)} / {_size(self.device.l2_bytes)} / "
-                f"{_size(self.device.l3_bytes)}",
+                f"  on       {_device_words(self.device)}",
                 f"  forward  {_words(self.forward)}",
                 f"  backward {_words(self.backward)}",
                 *(f"  note: {note}" for note in self.notes),
@@ -63,26 +78,28 @@ def explain(
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format,
     training: bool = True,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | CudaInfo = "cpu",
     act: str | None = None,
     residual: bool = False,
     num_threads: int | None = None,
 ) -> Explanation:
-    """Say how a batch norm of a given shape would be computed on this machine; runs nothing.
+    """Say how a batch norm of a given shape would be computed; runs nothing.
 
     Args:
         shape: of the input, :math:`(N, C, *)`.
         dtype: of the input.
         memory_format: of the input.
         training: whether it normalises by batch statistics.
-        device: where the input is; the CPU is described.
+        device: where the input is: ``"cpu"``, a GPU of this machine (``"cuda"``, ``"cuda:1"``), or
+            the numbers of any GPU (one of :data:`GPUS`, or a :class:`CudaInfo`).
         act: the activation, ``"relu"`` or ``None``.
         residual: whether a residual is added.
-        num_threads: as if torch had that many; its own number by default.
+        num_threads: on the CPU, as if torch had that many; its own number by default.
 
     Returns:
         The plans of forward and backward: kernel family, work split, instruction set, and the bytes
-        each moves to and from memory beside the floor, what no kernel could do without.
+        each moves to and from memory beside the floor, what no kernel could do without. A GPU's
+        rest on estimates: none has been measured yet.
 
     Raises:
         ValueError: no such batch norm exists, or :attr:`device` cannot be described.
@@ -90,24 +107,27 @@ def explain(
     Example::
 
         >>> print(bnext.explain((32, 64, 56, 56)))
+        >>> h200 = bnext.introspect.GPUS["H200"]
+        >>> print(bnext.explain((32, 64, 56, 56), torch.bfloat16, device=h200))
     """
-    if torch.device(device).type != "cpu":
-        raise ValueError(f"explain describes the CPU, not {device}: no other kernels are built")
     if not 2 <= len(shape) <= 5:
         raise ValueError(f"an input has 2 to 5 dimensions, (N, C, *), but shape is {tuple(shape)}")
     if len(shape) != {torch.channels_last: 4, torch.channels_last_3d: 5}.get(
         memory_format, len(shape)
     ):
         raise ValueError(f"no tensor of {len(shape)} dimensions is in {memory_format}")
-    info = _C.cpu_device_info(torch.get_num_threads() if num_threads is None else num_threads)
+    info = device if isinstance(device, CudaInfo) else _device_info(device, num_threads)
     relu = is_relu(act)
 
-    def plan(stage: str) -> _C.Plan:
-        return _C.plan(
+    def plan(stage: str) -> Any:
+        problem = (
             shape[0], shape[1], math.prod(shape[2:]),
             memory_format is not torch.contiguous_format,
-            _name(dtype), f"{'train' if training else 'eval'}_{stage}", relu, residual, info,
+            _name(dtype), f"{'train' if training else 'eval'}_{stage}", relu, residual,
         )  # fmt: skip
+        if isinstance(info, CudaInfo):
+            return _C.plan_cuda(*problem, info)
+        return _C.plan(*problem, info)
 
     return Explanation(
         tuple(shape), dtype, memory_format, training, act, residual, info,
@@ -132,11 +152,47 @@ def _notes(training: bool) -> tuple[str, ...]:
     )
 
 
-def _words(plan: _C.Plan) -> str:
+def _device_info(device: torch.device | str, num_threads: int | None) -> _C.DeviceInfo | CudaInfo:
+    device = torch.device(device)
+    if device.type == "cpu":
+        return _C.cpu_device_info(torch.get_num_threads() if num_threads is None else num_threads)
+    if device.type != "cuda":
+        raise ValueError(f"explain knows the plans for cpu and cuda, not for {device}")
+    try:
+        return _C.cuda_device_info(device.index or 0)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{error}. Give explain the numbers of a GPU instead: "
+            'device=bnext.introspect.GPUS["H200"], or a bnext.introspect.CudaInfo'
+        ) from error
+
+
+def _device_words(device: _C.DeviceInfo | CudaInfo) -> str:
+    if isinstance(device, CudaInfo):
+        return (
+            f"{device.sms} SMs of compute capability {device.capability / 10}, "
+            f"{_size(device.shared_bytes_per_block)} of shared memory a block, "
+            f"clusters of at most {device.max_cluster_blocks}, {_size(device.l2_bytes)} of L2"
+        )
+    caches = (device.l1_bytes, device.l2_bytes, device.l3_bytes)
+    return f"{device.threads} threads, {device.isa}, caches {' / '.join(map(_size, caches))}"
+
+
+def _words(plan: _C.Plan | _C.CudaPlan) -> str:
     ratio = plan.bytes_moved / plan.bytes_floor
-    stores = ", stores past the cache" if plan.nontemporal_stores else ""
+    if isinstance(plan, _C.CudaPlan):
+        blocks = {"block": "one block", "stream": f"{plan.team_blocks} blocks"}.get(
+            plan.team, f"a {plan.team} of {plan.team_blocks} blocks"
+        )
+        work = (
+            f"{plan.groups} groups of {plan.group} channels, each by {blocks} of {plan.threads} "
+            f"threads, {plan.vector} elements an access, launches: {plan.launches}"
+        )
+    else:
+        stores = ", stores past the cache" if plan.nontemporal_stores else ""
+        work = f"{plan.tasks} tasks{stores}"
     return (
-        f"{plan.family} by {plan.index_map}, {plan.tasks} tasks{stores}; moves "
+        f"{plan.family} by {plan.index_map}, {work}; moves "
         f"{_size(plan.bytes_moved)}, {ratio:.2f}x the floor of {_size(plan.bytes_floor)}"
     )
 
@@ -158,5 +214,6 @@ if __name__ == "__main__":
         print(f"{key:24} {value}")
     print(f"{'torch':24} {torch.__version__}")
     print()
-    for training in (True, False):
-        print(explain((32, 64, 56, 56), training=training))
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        for training in (True, False):
+            print(explain((32, 64, 56, 56), training=training, device=device))

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cpu/cpu_info.h"
+#include "cuda/launch.h"
 #include "plan.h"
 
 namespace py = pybind11;
@@ -80,6 +81,18 @@ CudaInfo make_cuda_info(int capability, int sms, int64_t shared_bytes_per_sm,
           max_cluster_blocks};
 }
 
+CudaInfo cuda_device_info([[maybe_unused]] int device) {
+#ifdef BNEXT_WITH_CUDA
+  CudaInfo info;
+  if (const int error = query_cuda_info(device, info))
+    throw std::runtime_error("GPU " + std::to_string(device) +
+                             " cannot be asked: " + cuda_error_string(error));
+  return info;
+#else
+  throw std::runtime_error("bnext was built without CUDA: " BNEXT_CUDA_MISSING);
+#endif
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = BNEXT_VERSION;
@@ -101,6 +114,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "bnext's compiled part; its ops are torch.ops.bnext";
   m.def("build_info", &build_info);
   m.def("cpu_device_info", &cpu_info, py::arg("threads"));
+  m.def("cuda_device_info", &cuda_device_info, py::arg("device"));
   m.def("plan", &plan, py::arg("n"), py::arg("c"), py::arg("hw"), py::arg("channels_last"),
         py::arg("dtype"), py::arg("stage"), py::arg("relu"), py::arg("residual"),
         py::arg("device"));

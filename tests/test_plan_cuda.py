@@ -4,19 +4,17 @@ from itertools import product
 from math import prod
 
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+import bnext.introspect
 from bnext import _C
 
 KIB, MIB = 1024, 1024 * 1024
 GPUS = {
-    "A100": _C.CudaInfo(80, 108, 164 * KIB, 163 * KIB, 40 * MIB, 1),
-    "RTX 3090": _C.CudaInfo(86, 82, 100 * KIB, 99 * KIB, 6 * MIB, 1),
-    "H100": _C.CudaInfo(90, 132, 228 * KIB, 227 * KIB, 50 * MIB, 8),
-    "H200": _C.CudaInfo(90, 132, 228 * KIB, 227 * KIB, 60 * MIB, 16),
-    "B200": _C.CudaInfo(100, 148, 228 * KIB, 227 * KIB, 126 * MIB, 16),
-    "RTX 5090": _C.CudaInfo(120, 170, 100 * KIB, 99 * KIB, 96 * MIB, 8),
+    **bnext.introspect.GPUS,
+    "H100 with portable clusters": _C.CudaInfo(90, 132, 228 * KIB, 227 * KIB, 50 * MIB, 8),
 }
 STAGES = ["train_forward", "eval_forward", "train_backward", "eval_backward"]
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
@@ -344,3 +342,39 @@ def test_plans_compare_and_print() -> None:
     assert p == plan(32, 64, 3136) and p != plan(32, 65, 3136)
     for word in ("resident", "rows", "cluster", str(p.bytes_moved)):
         assert word in repr(p)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("gpu", GPUS)
+def test_explain_without_a_gpu(gpu, memory_format, training) -> None:
+    shape, last = (32, 64, 56, 56), memory_format is torch.channels_last
+    e = bnext.explain(shape, torch.bfloat16, memory_format, training, GPUS[gpu], "relu", True)
+    stage = "train" if training else "eval"
+    for p, direction in ((e.forward, "forward"), (e.backward, "backward")):
+        assert p == plan(32, 64, 56 * 56, f"{stage}_{direction}", channels_last=last, relu=True,
+                         residual=True, gpu=gpu)  # fmt: skip
+        blocks = f"{p.team_blocks} blocks" if p.team != "block" else "one block"
+        for word in (p.family, p.index_map, blocks, f"launches: {p.launches}"):
+            assert word in str(e)
+    assert f"{GPUS[gpu].sms} SMs" in str(e)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU answers")
+def test_explain_says_what_to_give_it_where_there_is_no_gpu() -> None:
+    for device in ("cuda", "cuda:0", torch.device("cuda", 1)):
+        with pytest.raises(ValueError, match=r"cannot be asked|built without CUDA") as error:
+            bnext.explain((2, 3, 4, 5), device=device)
+        assert 'bnext.introspect.GPUS["H200"]' in str(error.value)
+    with pytest.raises(ValueError, match="not for xpu"):
+        bnext.explain((2, 3, 4, 5), device="xpu")
+
+
+def test_explain_of_the_gpu_that_is_there() -> None:
+    if not (torch.cuda.is_available() and bnext.build_info()["cuda"]):
+        pytest.skip("needs a GPU and CUDA kernels in bnext._C")
+    e = bnext.explain((2, 3, 4, 5), device="cuda")
+    properties = torch.cuda.get_device_properties(0)
+    assert e.device.sms == properties.multi_processor_count
+    assert e.device.capability == 10 * properties.major + properties.minor
+    assert e.device.l2_bytes == properties.L2_cache_size

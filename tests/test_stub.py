@@ -4,6 +4,8 @@ import ast
 import inspect
 from pathlib import Path
 
+import pytest
+
 import bnext
 from bnext import _C
 
@@ -49,22 +51,25 @@ def test_functions_take_the_stubs_arguments_by_name() -> None:
         assert [a.split(":")[0].strip() for a in inside.split(", ") if a] == expected, signature
 
 
-def test_constructor_takes_the_stubs_arguments_by_name() -> None:
+@pytest.mark.parametrize(
+    ("cls", "values"),
+    [("DeviceInfo", ["avx2", 1, 2, 3, 4]), ("CudaInfo", [90, 132, 1 << 17, 1 << 16, 1 << 25, 8])],
+)
+def test_constructors_take_the_stubs_arguments_by_name(cls, values) -> None:
     init = next(
-        n for n in stub_classes()["DeviceInfo"].body
+        n for n in stub_classes()[cls].body
         if isinstance(n, ast.FunctionDef) and n.name == "__init__"
     )  # fmt: skip
     names = [a.arg for a in init.args.args if a.arg != "self"]
-    values = ["avx2", 1, 2, 3, 4]
-    info = _C.DeviceInfo(**dict(zip(names, values, strict=True)))
+    info = getattr(_C, cls)(**dict(zip(names, values, strict=True)))
     assert [getattr(info, name) for name in names] == values
 
 
 def test_attributes_have_the_stubs_types() -> None:
-    device = _C.cpu_device_info(1)
-    plan = _C.plan(2, 3, 4, False, "float32", "train_forward", False, False, device)
+    device, gpu = _C.cpu_device_info(1), _C.CudaInfo(90, 132, 1 << 17, 1 << 16, 1 << 25, 8)
+    problem = (2, 3, 4, False, "float32", "train_forward", False, False)
     kinds = {"str": str, "int": int, "bool": bool}
-    for instance in (device, plan):
+    for instance in (device, gpu, _C.plan(*problem, device), _C.plan_cuda(*problem, gpu)):
         for node in stub_classes()[type(instance).__name__].body:
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
                 value = getattr(instance, node.name)

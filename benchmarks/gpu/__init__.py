@@ -1,0 +1,1 @@
+"""The kernel benchmark on a GPU: `python -m benchmarks gpu --help`."""

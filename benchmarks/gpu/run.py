@@ -1,0 +1,187 @@
+"""Checks, times and counts every provider, case by case, until the time is up."""
+
+import multiprocessing
+import os
+import re
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, wait
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from benchmarks import providers
+from benchmarks.gpu import report
+from benchmarks.gpu.cases import DIRECTIONS, PROVIDERS, Case, Subject, check, chosen
+from benchmarks.gpu.clock import CpuClock, CudaClock, Mode
+from benchmarks.report import facts_table, provenance, write_csv
+from benchmarks.timing import Call
+
+# Of the time there is: compiling ahead, and counting launches at the end.
+COMPILE_SHARE, COUNT_SHARE = 0.25, 0.15
+
+
+def matching(cases: Iterable[Case], pattern: str) -> list[Case]:
+    return [case for case in cases if re.search(pattern, str(case))]
+
+
+def _compile(case: Case, device: str) -> None:
+    """In a process of its own: leaves the code in Inductor's cache on disk."""
+    providers.why_not_compiled(device)
+    torch._dynamo.reset()
+    subject = Subject.of("compile", case, case.operands(torch.device(device)))
+    subject.backward(subject.forward(), retain_graph=False)
+    torch.cuda.empty_cache()
+
+
+def compiled_ahead(cases: list[Case], device: torch.device, seconds: float) -> set[Case]:
+    """The cases that torch.compile was done with in that time, on all cores."""
+    threads = "TORCHINDUCTOR_COMPILE_THREADS"
+    before = os.environ.get(threads)
+    os.environ[threads] = "1"
+    workers = max(1, min(16, (os.cpu_count() or 1) - 2))
+    try:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            futures = {pool.submit(_compile, case, str(device)): case for case in cases}
+            wait(futures, timeout=seconds)
+            pool.shutdown(wait=True, cancel_futures=True)
+        done = [f for f in futures if f.done() and not f.cancelled() and f.exception() is None]
+        return {futures[f] for f in done}
+    finally:
+        os.environ.pop(threads)
+        if before is not None:
+            os.environ[threads] = before
+
+
+class Run:
+    """What is known of a device so far."""
+
+    def __init__(self, device: torch.device, modes: list[Mode], budget_s: float) -> None:
+        self.device, self.modes, self.budget_s = device, modes, budget_s
+        self.on_gpu = device.type == "cuda"
+        self.clock = CudaClock(device) if self.on_gpu else CpuClock()
+        self.to_compile: set[Case] = set()
+        self.timings: report.Timings = {}
+        self.costs: report.Costs = {}
+        self.problems: list[str] = []
+        self.failed = False
+
+    def names(self, case: Case) -> list[str]:
+        left_out = set() if case in self.to_compile else {"compile"}
+        left_out |= set() if self.on_gpu else {"aten"}  # there is no cuDNN to switch off
+        return [name for name in PROVIDERS if name not in left_out]
+
+    def subjects(self, case: Case) -> dict[str, Subject]:
+        torch._dynamo.reset()  # or a limit on recompilations is met
+        operands = case.operands(self.device)
+        names = [name for name in self.names(case) if name != "copy"]
+        return {name: Subject.of(name, case, operands) for name in names}
+
+    def measure(self, case: Case) -> None:
+        subjects = self.subjects(case)
+        verdicts = check(case, subjects)
+        self.problems += [failure for v in verdicts.values() for failure in v.failures]
+        if verdicts["bnext"].failures:
+            self.failed = True
+            return
+        copy: Call = next(iter(subjects.values())).operands.x.detach().clone
+        for direction in DIRECTIONS:
+            for name in self.names(case):
+                with chosen(name):
+                    call = copy if name == "copy" else subjects[name].call(direction)
+                    for mode in self.modes:
+                        key = report.Key(case, direction, str(mode))
+                        timing = self.clock.time(call, mode, self.budget_s)
+                        self.timings.setdefault(key, {})[name] = timing
+                    peak = self.clock.peak_bytes(call)
+                    self.costs[case, direction, name] = report.Cost(peak, None)
+
+    def count(self, case: Case) -> None:
+        """Launches: after all timing, since the profiler slows down what comes after it."""
+        calls: dict[tuple[str, str], Call] = {}
+        for name, subject in self.subjects(case).items():
+            with chosen(name):
+                for direction in DIRECTIONS:
+                    calls[direction, name] = subject.call(direction)
+        named = {" ".join(key): _with_chosen(key[1], call) for key, call in calls.items()}
+        for (direction, name), kernels in zip(
+            calls, self.clock.launches(named).values(), strict=False
+        ):
+            known = self.costs[case, direction, name]
+            self.costs[case, direction, name] = known._replace(kernels=kernels)
+
+    def each(self, cases: Iterable[Case], what: str, end: float, progress: Progress) -> list[Case]:
+        """Does `what` for one case after the other; returns those that it was done for."""
+        done = []
+        for case in progress.track(list(cases), description=what):
+            if time.perf_counter() > end:
+                break
+            try:
+                with self.clock.stream_in_use():
+                    getattr(self, what)(case)
+                done.append(case)
+            except RuntimeError as error:
+                self.problems.append(f"{case}: {type(error).__name__}: {error}")
+                self.failed |= not isinstance(error, torch.OutOfMemoryError)
+                if isinstance(error, torch.AcceleratorError):
+                    break  # the process cannot use the GPU any more
+            if self.on_gpu:
+                torch.cuda.empty_cache()
+        return done
+
+    def write(self, out: Path, facts: dict[str, str]) -> None:
+        write_csv(out / "gpu.csv", facts, report.rows(self.timings, self.costs))
+
+
+def _with_chosen(provider: str, call: Call) -> Call:
+    def chosen_call() -> object:
+        with chosen(provider):
+            return call()
+
+    return chosen_call
+
+
+def run(
+    cases: list[Case],
+    out: Path,
+    device: torch.device,
+    modes: list[Mode],
+    budget_s: float,
+    minutes: float,
+    with_compile: bool,
+) -> int:
+    start, seconds = time.perf_counter(), minutes * 60
+    console = Console(width=110)
+    facts = provenance() | report.gpu_facts(device)
+    reason = providers.why_not_compiled(str(device)) if with_compile else "--no-compile"
+    facts["torch.compile"] = f"left out: {reason}" if reason else "inductor, static shapes"
+    console.print(facts_table(facts))
+    this = Run(device, modes, budget_s)
+    if not reason:
+        ahead = this.on_gpu
+        budget = COMPILE_SHARE * seconds
+        this.to_compile = compiled_ahead(cases, device, budget) if ahead else set(cases)
+        facts["torch.compile"] += f", {len(this.to_compile)} of {len(cases)} cases"
+    this.clock.warm_up()
+    with Progress(console=console, auto_refresh=False) as progress:
+        end = start + (1 - COUNT_SHARE) * seconds
+        measured = this.each(cases, "measure", end, progress)
+        facts["cases"] = f"{len(measured)} of {len(cases)} in {minutes:g} minutes"
+        if this.timings:
+            this.write(out, facts)
+            this.each(measured, "count", start + seconds, progress)
+            this.write(out, facts)
+    for problem in this.problems:
+        console.print(f"[red]wrong or left out:[/red] {problem}", highlight=False)
+    if not this.timings:
+        console.print("[red]nothing was timed.[/red]")
+        return 1
+    for table in report.tables(this.timings):
+        console.print(table)
+    report.plot_bandwidth(out / "gpu-bandwidth.png", this.timings, facts)
+    report.plot_speedup(out / "gpu-speedup.png", this.timings, facts)
+    console.print(f"Measured {facts['cases']}. Written to {out}/gpu.csv and gpu-*.png")
+    return int(this.failed)

@@ -1,0 +1,141 @@
+"""`python -m bnext.verify`: passes here, and fails when a kernel is wrong."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import bnext
+from bnext import verify
+
+
+def run(monkeypatch, damage=None, arguments=("--device", "cpu", "--small")):
+    """Exit status and text of `main`, with `damage` done to the output of every batch norm."""
+    normalize = verify.normalize
+    if damage is not None:
+        monkeypatch.setattr(verify, "normalize", lambda *args: damage(normalize(*args), args))
+    lines: list[str] = []
+    return verify.main(arguments, lines.append), "\n".join(map(str, lines))
+
+
+def test_passes_as_a_command() -> None:
+    command = [sys.executable, "-m", "bnext.verify", "--device", "cpu", "--small"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    cases = len(verify.SMALL) * len(verify.DTYPES) * len(verify.MODES)
+    assert result.stdout.endswith(f"all {cases} cases are right\n")
+
+
+def test_passes_on_every_device(device, monkeypatch) -> None:
+    status, text = run(monkeypatch, arguments=("--device", str(device)))
+    assert status == 0, text
+
+
+def off_by_a_rounding(output, args):
+    return output * (1 + 4 * torch.finfo(output.dtype).eps)
+
+
+def one_element_missing(output, args):
+    mask = torch.ones_like(output)
+    mask.view(-1)[-1] = torch.nan
+    return output * mask
+
+
+def gradient_doubled(output, args):
+    output.register_hook(lambda gradient: 2 * gradient)
+    return output
+
+
+def statistics_forgotten(output, args):
+    args[4].fill_(0.5)
+    return output
+
+
+def counter_forgotten(output, args):
+    args[6].fill_(3)
+    return output
+
+
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (off_by_a_rounding, "output"),
+        (one_element_missing, "output"),
+        (gradient_doubled, "grad_input"),
+        (statistics_forgotten, "running_mean"),
+        (counter_forgotten, "num_batches_tracked"),
+    ],
+)
+def test_fails_when_a_result_is_wrong(damage, what, monkeypatch) -> None:
+    monkeypatch.setattr(verify, "SMALL", verify.SMALL[:1])
+    status, text = run(monkeypatch, damage)
+    assert status == 1
+    assert re.search(rf"FAILED .* {what}: \S+ times the bound", text), text
+    assert re.search(r"\d+ FAILURES$", text)
+
+
+def test_fails_when_two_runs_differ(monkeypatch) -> None:
+    calls = iter(range(10**9))
+
+    def last_bit(output, args):
+        return output * (1 + next(calls) % 2 * torch.finfo(output.dtype).eps)
+
+    status, text = run(monkeypatch, last_bit)
+    assert status == 1 and "not the same bits twice" in text
+
+
+def test_fails_when_the_op_raises(monkeypatch) -> None:
+    def broken(*args):
+        raise RuntimeError("an illegal memory access\nand more")
+
+    monkeypatch.setattr(verify, "normalize", broken)
+    status, text = run(monkeypatch)
+    assert status == 1 and "RuntimeError: an illegal memory access" in text
+
+
+def test_a_choice_that_runs_nothing_fails(monkeypatch) -> None:
+    def refused(*args):
+        raise RuntimeError("BNEXT_CUDA_TEAM=grid: this does not fit")
+
+    monkeypatch.setattr(verify, "normalize", refused)
+    status, text = run(monkeypatch)
+    assert status == 1 and "no case could be run" in text
+
+
+@pytest.mark.parametrize("mode", verify.MODES, ids=str)
+def test_results_are_poisoned_and_operands_are_not(mode, monkeypatch) -> None:
+    case = verify.Case((3, 4, 5, 5), torch.contiguous_format, "float32", mode)
+    t, exact = (case.operands(torch.device("cpu")) for _ in range(2))
+    exact = exact.to("cpu")
+    kept = []
+    run = verify.run
+    monkeypatch.setattr(verify, "run", lambda *args: kept.append(run(*args)) or kept[-1])
+    row = verify.Row()
+    verify.check(case, t, exact, False, row)
+    assert row.cases == 1 and not row.failures
+    assert all(a is b or torch.equal(a, b) for a, b in zip(t, exact, strict=True))
+    assert len(kept) == 2
+    for results in kept:
+        alias = {"grad_residual"} if mode.residual and not mode.relu else set()
+        for name in results.keys() - alias - {"num_batches_tracked"}:
+            assert results[name].isnan().all(), name
+
+
+def test_forcing_sets_the_environment_and_restores_it(monkeypatch) -> None:
+    monkeypatch.setenv("BNEXT_CUDA_FAMILY", "streaming")
+    monkeypatch.delenv("BNEXT_CUDA_TEAM", raising=False)
+    with verify.forced(verify.Choice("resident", "grid")):
+        assert verify.os.environ["BNEXT_CUDA_FAMILY"] == "resident"
+        assert verify.os.environ["BNEXT_CUDA_TEAM"] == "grid"
+    with verify.forced(verify.Choice()):
+        assert verify.os.environ["BNEXT_CUDA_FAMILY"] == "streaming"
+    assert verify.os.environ["BNEXT_CUDA_FAMILY"] == "streaming"
+    assert "BNEXT_CUDA_TEAM" not in verify.os.environ
+
+
+@pytest.mark.skipif(bnext.build_info()["cuda"], reason="built with CUDA")
+def test_says_that_there_are_no_cuda_kernels(monkeypatch) -> None:
+    status, text = run(monkeypatch, arguments=("--device", "cuda"))
+    assert status == 1 and "built without CUDA" in text
