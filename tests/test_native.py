@@ -6,6 +6,8 @@ waited for), and without, in another order drawn at random; the results are the 
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from cases import DTYPES, dtype_id, make, shape_id
 from native import calls
@@ -97,6 +99,30 @@ def test_tensors_that_are_aligned_less(alignment) -> None:
     case = make((3, 5, 9, 8), NCHW, DTYPES[2])
     plan = check_training(case, Setting(), alignment=alignment)
     assert plan.vector == {2: 1, 4: 1, 8: 4}[alignment]
+
+
+GPUS = st.builds(
+    calls.CudaInfo, st.just(90), st.integers(1, 8), st.just(100 * calls.KIB),
+    st.just(99 * calls.KIB), st.sampled_from([0, 2**17, 2**20]), st.sampled_from([1, 2, 4, 8]),
+)  # fmt: skip
+
+
+@settings(max_examples=40)
+@given(
+    n=st.integers(1, 12), c=st.integers(1, 130), h=st.integers(1, 20), w=st.integers(1, 20),
+    memory_format=st.sampled_from([NCHW, NHWC]), dtypes=st.sampled_from(DTYPES), info=GPUS,
+    relu=st.booleans(), residual=st.booleans(), family=st.sampled_from([-1, RESIDENT, STREAMING]),
+    team=st.sampled_from([None, *range(3)]),
+)  # fmt: skip
+def test_any_problem(n, c, h, w, memory_format, dtypes, info, relu, residual, family, team) -> None:
+    assume(n * h * w > 1)
+    case = make((n, c, h, w), memory_format, dtypes, residual=residual)
+    setting = Setting(relu, family, team if family == RESIDENT else None, info)
+    try:
+        check_training(case, setting)
+    except calls.EmulatorError as e:
+        assume("does not fit a GPU" not in str(e))
+        raise
 
 
 def test_every_kernel_is_launched_by_some_plan() -> None:
