@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 SANITIZE = [f"-fsanitize={s}" for s in [os.environ.get("BNEXT_SANITIZE")] if s]
 
-# csrc/cpu/kernels.cpp is compiled once for each of these. The order matters at link time: of an
+# csrc/cpu/*kernels.cpp are compiled once for each of these. The order matters at link time: of an
 # inline function that several objects define, the linker keeps the first one's code, which must
 # run on every machine.
 CPU_ISAS = {"default": ""}
@@ -187,6 +187,7 @@ def link_flags(torch: Torch, cuda: Cuda) -> list[str]:
 def nvcc_flags(cuda: Cuda) -> list[str]:
     flags = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", f"-I{CSRC}"]
     flags += ["--expt-relaxed-constexpr"]  # constexpr functions of the shared headers
+    flags += ["-fmad=false"]  # as -ffp-contract=off: the kernels say where they want an fma
     return [*flags, *host_compiler(), *cuda.arch_flags()]
 
 
@@ -211,15 +212,16 @@ def ninja_manifest(version: str, torch: Torch, cuda: Cuda) -> str:
         lines.append(f"build {objects[-1]}: {tool} {escape(source)}")
         lines.append(f"  flags = {flags}")
 
-    kernels = CSRC / "cpu" / "kernels.cpp"
+    kernels = sorted(CSRC.glob("cpu/*kernels.cpp"))
     bindings = shell(bindings_flags(version, torch, cuda))
     for folder in ("", "cpu", "cuda") if cuda.nvcc else ("", "cpu"):
-        for source in sorted({*CSRC.joinpath(folder).glob("*.cpp")} - {kernels}):
+        for source in sorted({*CSRC.joinpath(folder).glob("*.cpp")} - {*kernels}):
             compile_file("cxx", source, flags=bindings if source.name == "bindings.cpp" else "")
         for source in sorted(CSRC.joinpath(folder).glob("*.cu")):
             compile_file("nvcc", source)
     for isa, flags in CPU_ISAS.items():
-        compile_file("cxx", kernels, f".{isa}", f"-DBNEXT_ISA_NAMESPACE=isa_{isa} {flags}")
+        for source in kernels:
+            compile_file("cxx", source, f".{isa}", f"-DBNEXT_ISA_NAMESPACE=isa_{isa} {flags}")
     return "\n".join([*lines, f"build _C.so: link {' '.join(objects)}", ""])
 
 

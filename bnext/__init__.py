@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnext import functional
 from bnext.convert import ConversionReport, conversion_report, convert, revert
+from bnext.distributed import SyncBatchNorm
 from bnext.modules import (
     BatchNorm1d,
     BatchNorm2d,
@@ -31,6 +32,7 @@ __all__ = [
     "LazyBatchNorm1d",
     "LazyBatchNorm2d",
     "LazyBatchNorm3d",
+    "SyncBatchNorm",
     "ConversionReport",
     "Explanation",
     "build_info",

@@ -1,7 +1,8 @@
 """The gradients of batch normalisation: what forward saves, and what backward makes of it.
 
 Two autograd functions share one backward: `BatchNormFunction` is what eager calls, at the least
-cost; `_TracedFunction` has the form that Dynamo and functorch ask for.
+cost; `_TracedFunction` has the form that Dynamo and functorch ask for. Where the gradient is to be
+differentiated again, `_GradientFunction` runs that backward, and has one of its own.
 """
 
 from collections.abc import Callable
@@ -10,34 +11,50 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from bnext._ops import EAGER, TRACED
+from bnext._ops import DOUBLE_BACKWARD_DEVICES, EAGER, TRACED
 
 __all__ = ["BatchNormFunction", "apply", "traced_apply"]
 
 _Grads: TypeAlias = tuple[Tensor | None, ...]
+is_grad_enabled = torch.is_grad_enabled  # one lookup less a call
 
 
-def _backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
+def _eager_backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
     """Gradients by the formulas of the paper's section 3, in one op."""
     if grad_out is None:
         return None, None, None, None, None
     need_input, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
     eps, relu = ctx.eps_and_relu
-    if not relu and not (need_input or need_weight or need_bias):
-        return None, None, None, grad_out, None
-    if torch.compiler.is_dynamo_compiling():
-        gradients = TRACED.backward
-    elif torch.is_grad_enabled():
-        gradients = _differentiable_backward
-    else:
-        gradients = EAGER.backward
-    grad_input, grad_weight, grad_bias, grad_residual = gradients(
-        grad_out, *ctx.saved_tensors, eps, relu,
-        need_input, need_weight, need_bias, need_residual and relu,
-    )  # fmt: skip
-    if need_residual and not relu:
-        grad_residual = grad_out
-    return grad_input, grad_weight, grad_bias, grad_residual, None
+    gradients = _differentiable_backward if is_grad_enabled() else EAGER.backward
+    if relu or not need_residual:
+        grads: _Grads = gradients(
+            grad_out, *ctx.saved_tensors, eps, relu, need_input, need_weight, need_bias,
+            need_residual,
+        )  # fmt: skip
+        return *grads, None
+    if need_input or need_weight or need_bias:
+        grads = gradients(
+            grad_out, *ctx.saved_tensors, eps, relu, need_input, need_weight, need_bias, False
+        )
+        return *grads[:3], grad_out, None
+    return None, None, None, grad_out, None
+
+
+def _backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
+    """`_eager_backward`, for Dynamo too."""
+    if not torch.compiler.is_dynamo_compiling():
+        return _eager_backward(ctx, grad_out)
+    if grad_out is None:
+        return None, None, None, None, None
+    need_input, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
+    eps, relu = ctx.eps_and_relu
+    grads: _Grads = (None,) * 4
+    if relu or need_input or need_weight or need_bias:
+        grads = TRACED.backward(
+            grad_out, *ctx.saved_tensors, eps, relu, need_input, need_weight, need_bias,
+            need_residual and relu,
+        )  # fmt: skip
+    return *grads[:3], grad_out if need_residual and not relu else grads[3], None
 
 
 class BatchNormFunction(torch.autograd.Function):
@@ -65,15 +82,23 @@ class BatchNormFunction(torch.autograd.Function):
         if training:
             output, save_stats, relu_mask = EAGER.train(
                 input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
-                momentum, eps, relu, True,
+                momentum, eps, relu, relu and residual is not None,
             )  # fmt: skip
-            # Never the output, nor the running statistics: both may change before backward.
-            ctx.save_for_backward(input, weight, bias, relu_mask, save_stats, None, None)
+            # Nothing that backward does without, since all of this may change before it: not the
+            # output, nor the running statistics, nor the bias but for the sign of a ReLU.
+            ctx.save_for_backward(
+                input, weight, bias if relu or weight is None else None, relu_mask, save_stats,
+                None, None,
+            )  # fmt: skip
         else:
             output, relu_mask = EAGER.inference(
-                input, weight, bias, residual, running_mean, running_var, eps, relu, True
-            )
-            ctx.save_for_backward(input, weight, bias, relu_mask, None, running_mean, running_var)
+                input, weight, bias, residual, running_mean, running_var, eps, relu,
+                relu and residual is not None,
+            )  # fmt: skip
+            ctx.save_for_backward(
+                input, weight, bias if relu or weight is None else None, relu_mask, None,
+                running_mean, running_var,
+            )  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.eps_and_relu = eps, relu
         return output
@@ -81,8 +106,8 @@ class BatchNormFunction(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-# The engine calls this with what `_backward` takes; the one inherited looks `backward` up: 0.4 us.
-BatchNormFunction._backward_cls.apply = _backward  # type: ignore[attr-defined]
+# The engine calls this with what `backward` takes; the one inherited looks `backward` up: 0.4 us.
+BatchNormFunction._backward_cls.apply = _eager_backward  # type: ignore[attr-defined]
 # Function.apply itself only looks for functorch: 3 of 12 us, and callers of this have looked.
 apply: Callable[..., Tensor] = super(torch.autograd.Function, BatchNormFunction).apply
 
@@ -119,11 +144,15 @@ class _TracedFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         """Save for backward."""
-        input, weight, bias, _, running_mean, running_var, _, training, _, eps, relu = inputs
+        input, weight, bias, residual, running_mean, running_var, _, training, _, eps, relu = inputs
         _, save_stats, relu_mask = output
         if training:
             running_mean = running_var = None
+        if not relu and weight is not None:
+            bias = None
         ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
+        if not relu or residual is None:
+            relu_mask = None  # it is empty
         ctx.save_for_backward(input, weight, bias, relu_mask, save_stats, running_mean, running_var)
         ctx.set_materialize_grads(False)
         ctx.eps_and_relu = eps, relu
@@ -139,13 +168,76 @@ def traced_apply(*args: Any) -> Tensor:
     output: Tensor
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4])
     if torch.compiler.is_compiling() and not wanted:
-        output = TRACED.train(*args[:7], *args[8:], False)[0]
+        output = TRACED.train(*args[:7], *args[8:], True)[0]
     else:  # a transform may want a gradient at another level than the one that shows
         output = _TracedFunction.apply(*args)[0]
     return output
 
 
-def _differentiable_backward(
+def _differentiable_backward(grad_out: Tensor, *args: Any) -> _Grads:
+    """The backward op in a form that can be differentiated; its arguments."""
+    fused = grad_out.device.type in DOUBLE_BACKWARD_DEVICES
+    if fused and not torch._C._are_functorch_transforms_active():
+        grads: _Grads = _GradientFunction.apply(grad_out, *args)
+        return grads
+    return _composed_backward(grad_out, *args)
+
+
+class _GradientFunction(torch.autograd.Function):
+    """The backward op, and its own gradients for (grad_out, input, weight) in one op."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> _Grads:
+        """Run the backward op, whose arguments these are, and save what it was given."""
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*args[:8])
+        ctx.eps_relu_needs = args[8:]
+        grads: _Grads = EAGER.backward(*args)
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grad_grads: Tensor | None) -> _Grads:
+        """Gradients by the formulas of csrc/cpu/double_backward.cpp."""
+        grad_out, input, weight, *rest = ctx.saved_tensors
+        need_grad_out, need_input, need_weight, *others = ctx.needs_input_grad
+        nothing = (None,) * len(others)
+        if torch.is_grad_enabled():
+            return *_third_derivative(ctx, grad_grads), *nothing
+        eps, relu, *_ = ctx.eps_relu_needs
+        save_stats = rest[2]
+        grad_grad_input, grad_grad_weight, grad_grad_bias, grad_grad_residual = grad_grads
+        if grad_grad_input is None:
+            grad_grad_input = torch.zeros_like(input)
+        # With frozen statistics the gradient for the input does not depend on the input.
+        need_input = need_input and (save_stats is not None or grad_grad_weight is not None)
+        grads = EAGER.double_backward(
+            grad_grad_input, grad_grad_weight, grad_grad_bias, grad_grad_residual,
+            grad_out, input, weight, *rest, eps, relu, need_grad_out, need_input, need_weight,
+        )  # fmt: skip
+        return *grads, *nothing
+
+
+def _third_derivative(ctx: Any, grad_grads: tuple[Tensor | None, ...]) -> _Grads:
+    """What `_GradientFunction.backward` returns, from operations that have derivatives."""
+    # The gradient wanted is a partial one: through aliases, or it would count what grad_out, a
+    # function of the output, owes to input and weight as well.
+    saved: list[Any] = list(ctx.saved_tensors)
+    saved[:3] = (None if t is None else t.view_as(t) for t in saved[:3])
+    grads = _composed_backward(*saved, *ctx.eps_relu_needs)
+    needs = ctx.needs_input_grad[:3]
+    by = {
+        g: gg for g, gg in zip(grads, grad_grads, strict=True) if g is not None and gg is not None
+    }
+    found = iter(
+        torch.autograd.grad(
+            tuple(by), [t for t, need in zip(saved, needs, strict=False) if need],
+            tuple(by.values()), create_graph=True, allow_unused=True,
+        )
+    )  # fmt: skip
+    return tuple(next(found) if need else None for need in needs)
+
+
+def _composed_backward(
     grad_out: Tensor,
     input: Tensor,
     weight: Tensor | None,

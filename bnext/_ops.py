@@ -19,24 +19,32 @@ except ImportError as error:
         f"with this Python and torch >= 2.11 in its environment (found torch {torch.__version__})."
     ) from error
 
-__all__ = ["EAGER", "TRACED", "_C"]
+__all__ = ["DOUBLE_BACKWARD_DEVICES", "EAGER", "TRACED", "_C"]
 
 
 class Ops(NamedTuple):
-    """The three ops, to be called by position."""
+    """The ops, to be called by position."""
 
     train: Any
     inference: Any
     backward: Any
+    double_backward: Any
 
 
 TRACED = Ops(
     torch.ops.bnext.batch_norm_train.default,
     torch.ops.bnext.batch_norm_inference.default,
     torch.ops.bnext.batch_norm_backward.default,
+    torch.ops.bnext.batch_norm_double_backward.default,
 )
 # What an OpOverload calls, without its Python frame (0.2 us). Dynamo only knows the former.
 EAGER = Ops(*(op._op for op in TRACED))
+# The types of devices that have it; on others a second derivative is composed of ATen's operations.
+DOUBLE_BACKWARD_DEVICES = frozenset(
+    key.lower()
+    for key in ("CPU", "CUDA")
+    if torch._C._dispatch_has_kernel_for_dispatch_key("bnext::batch_norm_double_backward", key)
+)
 
 
 def _check_devices(input: Tensor, *others: Tensor | None) -> None:
@@ -53,8 +61,10 @@ def _dense_like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=suggest_memory_format(tensor))
 
 
-def _relu_mask_like(input: Tensor) -> Tensor:
+def _relu_mask_like(input: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
     """One bit per element, every row of the dense memory padded to whole bytes."""
+    if not relu or residual is None:
+        return input.new_empty(0, dtype=torch.uint8)
     n, c, spatial = input.shape[0], input.shape[1], math.prod(input.shape[2:])
     if c == 1:
         rows, width = 1, n * spatial
@@ -80,9 +90,9 @@ def _fake_train(
     save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     _check_devices(input, weight, bias, residual, running_mean, running_var, num_batches_tracked)
-    has_mask = relu and save_mask and residual is not None
     save_stats = input.new_empty((2, input.shape[1]), dtype=torch.float64)
-    return _dense_like(input), save_stats, _relu_mask_like(input) if has_mask else None
+    mask = _relu_mask_like(input, relu, residual) if save_mask else None
+    return _dense_like(input), save_stats, mask
 
 
 def _fake_inference(
@@ -97,8 +107,7 @@ def _fake_inference(
     save_mask: bool,
 ) -> tuple[Tensor, Tensor | None]:
     _check_devices(input, weight, bias, residual, running_mean, running_var)
-    has_mask = relu and save_mask and residual is not None
-    return _dense_like(input), _relu_mask_like(input) if has_mask else None
+    return _dense_like(input), _relu_mask_like(input, relu, residual) if save_mask else None
 
 
 def _fake_backward(
@@ -127,6 +136,35 @@ def _fake_backward(
     )
 
 
+def _fake_double_backward(
+    grad_grad_input: Tensor,
+    grad_grad_weight: Tensor | None,
+    grad_grad_bias: Tensor | None,
+    grad_grad_residual: Tensor | None,
+    grad_out: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    relu_mask: Tensor | None,
+    save_stats: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    eps: float,
+    relu: bool,
+    need_grad_out: bool,
+    need_input: bool,
+    need_weight: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    _check_devices(input, grad_grad_input, grad_grad_weight, grad_grad_bias, grad_grad_residual)
+    _check_devices(input, grad_out, weight, bias, relu_mask, save_stats, running_mean, running_var)
+    return (
+        _dense_like(input) if need_grad_out else None,
+        _dense_like(input) if need_input else None,
+        weight.new_empty(input.shape[1]) if need_weight and weight is not None else None,
+    )
+
+
 torch.library.register_fake("bnext::batch_norm_train", _fake_train)
 torch.library.register_fake("bnext::batch_norm_inference", _fake_inference)
 torch.library.register_fake("bnext::batch_norm_backward", _fake_backward)
+torch.library.register_fake("bnext::batch_norm_double_backward", _fake_double_backward)

@@ -1,6 +1,6 @@
 """Turning the batch norms of an existing model into bnext's, and back, in place."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules import batchnorm
 from torch.nn.utils import parametrize
 
+from bnext import fuse as fusing
 from bnext import modules
 
 __all__ = ["ConversionReport", "conversion_report", "convert", "revert"]
@@ -25,7 +26,7 @@ _CONVERTED: dict[type[nn.Module], type[nn.Module]] = {
 _REVERTED = {ours: theirs for theirs, ours in _CONVERTED.items()}
 
 
-def convert(model: M) -> M:
+def convert(model: M, *, fuse: bool = False) -> M:
     """Turn every batch norm of torch.nn in :attr:`model` into bnext's, in place.
 
     Only the class of each module changes: modules, parameters, buffers, hooks and an optimizer's
@@ -35,26 +36,45 @@ def convert(model: M) -> M:
     compute something else, and other norms are left alone: see :func:`conversion_report`.
     Converting a second time changes nothing.
 
+    With :attr:`fuse`, a batch norm whose output only a ReLU takes, or an addition and then a ReLU,
+    becomes a :class:`bnext.BatchNormAct2d` that does all of it. Still no parameter, buffer, name or
+    hook changes, and modules stay the same objects. What does change:
+
+    - a ReLU module that only this batch norm feeds becomes a ``FusedReLU``, which returns its
+      input;
+    - else the module whose ``forward`` calls them becomes a subclass of its own class, with the
+      code that torch.fx traced: as for any traced code, plain Python attributes and global state
+      that ``forward`` reads have the values of the time of conversion;
+    - a forward hook on such a batch norm sees the output of the ReLU.
+
+    A ``forward`` is left as it is if torch.fx cannot trace it, or if it is not one graph: it has
+    optional arguments, asks for the type of a value, changes the module, or differs between
+    training and eval. ``conversion_report(model, fuse=True)`` says which and why.
+
     Args:
         model: any module, possibly a batch norm itself.
+        fuse: whether to fuse batch norms with the ReLU and the residual addition after them.
 
     Returns:
         :attr:`model`.
 
     Example::
 
-        >>> model = bnext.convert(torchvision.models.resnet50())
+        >>> model = bnext.convert(torchvision.models.resnet50(), fuse=True)
     """
-    return _swap_classes(model, _CONVERTED)
+    _swap_classes(model, _CONVERTED)
+    if fuse:
+        fusing.fuse(model)
+    return model
 
 
 def revert(model: M) -> M:
     """Undo :func:`convert`: turn bnext's batch norms in :attr:`model` into torch.nn's, in place.
 
     For what asks for torch.nn's classes exactly, such as torch.ao's fusion of modules; convert
-    again afterwards. A :class:`bnext.BatchNormAct2d` is left as it is: as a
-    :class:`torch.nn.BatchNorm2d` it would lose its activation. :func:`conversion_report` lists
-    these.
+    again afterwards. What ``fuse=True`` fused comes apart again. A :class:`bnext.BatchNormAct2d` of
+    the model's own is left as it is: as a :class:`torch.nn.BatchNorm2d` it would lose its
+    activation. :func:`conversion_report` lists these.
 
     Args:
         model: any module, possibly a batch norm itself.
@@ -62,6 +82,7 @@ def revert(model: M) -> M:
     Returns:
         :attr:`model`.
     """
+    fusing.unfuse(model)
     return _swap_classes(model, _REVERTED)
 
 
@@ -82,34 +103,51 @@ class ConversionReport:
     """torch.nn's, which :func:`convert` would turn into bnext's."""
     left_alone: dict[str, str]
     """Those that neither touches, and why."""
+    fused: tuple[str, ...] = ()
+    """Those that ``convert(model, fuse=True)`` fused with what follows."""
+    fusible: tuple[str, ...] = ()
+    """Those that it would fuse; looked for if asked with ``fuse=True``, as is what follows."""
+    unfused: dict[str, str] = field(default_factory=dict)
+    """Those that it leaves unfused, and why."""
 
     def __str__(self) -> str:
         lines = [f"{len(self.bnext)} of bnext, {len(self.convertible)} to convert"]
         for name, why in self.left_alone.items():
             lines.append(f"left alone: {name or '(the model)'}: {why}")
+        if self.fused or self.fusible or self.unfused:
+            lines.append(f"{len(self.fused)} fused, {len(self.fusible)} to fuse")
+        for name, why in self.unfused.items():
+            lines.append(f"unfused: {name or '(the model)'}: {why}")
         return "\n".join(lines)
 
 
-def conversion_report(model: nn.Module) -> ConversionReport:
+def conversion_report(model: nn.Module, *, fuse: bool = False) -> ConversionReport:
     """Say which norms of :attr:`model` are bnext's, can be converted, or are left alone and why.
 
-    Changes nothing; ask before or after :func:`convert`.
+    Changes nothing; ask before or after :func:`convert`. With :attr:`fuse`, which also traces the
+    model's code, say what ``convert(model, fuse=True)`` would fuse, and why not the rest.
 
     Example::
 
         >>> print(bnext.conversion_report(model))
         0 of bnext, 53 to convert
     """
-    bnext, convertible, left_alone = [], [], {}
+    bnext, convertible, fused, left_alone = [], [], [], {}
     for name, module in model.named_modules():
         kind = type(module)
         if kind in _REVERTED:
             bnext.append(name)
         elif kind in _CONVERTED:
             convertible.append(name)
+        elif "_fused" in vars(module):
+            bnext.append(name)
+            fused.append(name)
         elif _is_norm(module):
             left_alone[name] = _why_left_alone(module)
-    return ConversionReport(tuple(bnext), tuple(convertible), left_alone)
+    fusible, unfused = fusing.find(model) if fuse else ([], {})
+    return ConversionReport(
+        tuple(bnext), tuple(convertible), left_alone, tuple(fused), tuple(fusible), unfused
+    )
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from bnext._ops import _C, EAGER
 
 __all__ = ["BatchNormFunction", "batch_norm", "batch_norm_act"]
 
-train, inference, _ = EAGER
+train, inference = EAGER.train, EAGER.inference
 # Looked up once: on a small tensor the call is the cost, and each dot is 10 ns of it.
 is_scripting: Callable[[], bool] = torch.jit.is_scripting
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
@@ -185,11 +185,13 @@ def normalize(
             )[0]
         return output
     except RuntimeError as error:
-        if not isinstance(error, NotImplementedError):
+        if input.shape == (0,):  # torch passes an empty tensor on, without channels as well
+            pass
+        elif not isinstance(error, NotImplementedError):
             if input.dtype in _DTYPES:
                 raise
             raise NotImplementedError(str(error)) from error  # torch's type for a dtype
-        if input.is_cuda:
+        elif input.is_cuda:
             raise RuntimeError(
                 "bnext was built without CUDA and cannot normalise a tensor on a GPU: "
                 f"{_C.build_info()['cuda_missing']}"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bnext._ops import _C
+from bnext._ops import _C, DOUBLE_BACKWARD_DEVICES
 from bnext.functional import is_relu
 
 __all__ = ["GPUS", "CudaInfo", "Explanation", "build_info", "explain"]
@@ -146,9 +146,10 @@ def _notes(training: bool) -> tuple[str, ...]:
     return (
         compiled,
         "ATen runs torch.jit's script and trace, forward-mode AD, torch.func's vmap and jvp, "
-        "tensor subclasses (DTensor, ...), devices and layouts without kernels here (xpu, mkldnn)",
-        "a gradient that is to be differentiated again (create_graph=True) is composed of ATen's "
-        "operations",
+        "tensor subclasses (DTensor, ...), devices and layouts without kernels (xpu, mkldnn)",
+        "a gradient that is differentiated again (create_graph=True) is one op on "
+        f"{', '.join(sorted(DOUBLE_BACKWARD_DEVICES))}; elsewhere, and from the third derivative "
+        "on, it is composed of ATen's operations",
     )
 
 

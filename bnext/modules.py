@@ -105,6 +105,13 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             path = tracer.path_of_module(self)
             return tracer.create_proxy("call_module", path, arguments, {})
         self._check_input_dim(input)
+        if (
+            residual is not None
+            and tracing_state() is None  # there shapes are tensors, and all goes to `compose`
+            and (residual.shape != input.shape or residual.dtype != input.dtype)
+        ):
+            output = self._normalize(input, None, False) + residual  # with its broadcasting
+            return output.relu() if relu else output
         try:
             # Without Module.__getattr__, which costs 0.4 us each.
             parameters, buffers = self._parameters, self._buffers
@@ -286,7 +293,8 @@ class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
 
     Shape:
         - Input: :math:`(N, C, H, W)`
-        - Residual: as the input, or ``None``
+        - Residual: as the input, or ``None``. One of another shape or dtype is added by the rules
+          of ``+``, outside the fused pass (:meth:`torch.jit.script` takes none).
         - Output: as the input, in its memory format
 
     Raises:
@@ -294,8 +302,8 @@ class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
 
     .. warning::
         What replaces a batch norm by its type or attributes, such as
-        :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` and
-        :func:`torch.nn.utils.fuse_conv_bn_eval`, takes this for one and drops the activation.
+        :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` (use :class:`bnext.SyncBatchNorm`'s)
+        and :func:`torch.nn.utils.fuse_conv_bn_eval`, takes this for one and drops the activation.
 
     Example::
 

@@ -36,7 +36,7 @@ struct Ops {
 
     Tensor output = Backend::allocate_output(x, channels_last);
     Tensor save_stats = allocate_save_stats(x);
-    Tensor mask = problem.masked() ? allocate_mask(x, problem) : Tensor();
+    Tensor mask = save_mask ? allocate_mask(x, problem) : Tensor();
     args.input = x.const_data_ptr();
     args.residual = z ? z->const_data_ptr() : nullptr;
     args.output = output.mutable_data_ptr();
@@ -75,7 +75,7 @@ struct Ops {
                  : std::nullopt;
 
     Tensor output = Backend::allocate_output(x, channels_last);
-    Tensor mask = problem.masked() ? allocate_mask(x, problem) : Tensor();
+    Tensor mask = save_mask ? allocate_mask(x, problem) : Tensor();
     args.input = x.const_data_ptr();
     args.residual = z ? z->const_data_ptr() : nullptr;
     args.output = output.mutable_data_ptr();
@@ -104,7 +104,7 @@ struct Ops {
                 "save_stats: expected it, or both running_mean and running_var, got neither");
     args.running_mean = check_param_in("running_mean", running_mean, x);
     args.running_var = check_param_in("running_var", running_var, x);
-    BNEXT_CHECK((weight || !need_weight) && (bias || !need_bias),
+    BNEXT_CHECK((weight || !need_weight) && (bias || weight || !need_bias),
                 "weight, bias: expected where their gradients are asked for");
     BNEXT_CHECK(!need_residual || relu_mask,
                 "relu_mask: expected where the residual's gradient is asked for");
@@ -115,7 +115,7 @@ struct Ops {
     Tensor grad_input = output(need_input), grad_residual = output(need_residual);
     OptionalTensor grad_weight, grad_bias;
     if (need_weight) grad_weight = allocate_param(*weight);
-    if (need_bias) grad_bias = allocate_param(*bias);
+    if (need_bias) grad_bias = allocate_param(bias ? *bias : *weight);  // the value is not needed
     args.grad_out = dy.const_data_ptr();
     args.input = x.const_data_ptr();
     args.grad_input = need_input ? grad_input.mutable_data_ptr() : nullptr;

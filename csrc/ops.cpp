@@ -17,4 +17,11 @@ STABLE_TORCH_LIBRARY(bnext, m) {
       "eps, "
       "bool relu, bool need_input, bool need_weight, bool need_bias, bool need_residual) "
       "-> (Tensor grad_input, Tensor grad_weight, Tensor grad_bias, Tensor grad_residual)");
+  m.def(
+      "batch_norm_double_backward(Tensor grad_grad_input, Tensor? grad_grad_weight, "
+      "Tensor? grad_grad_bias, Tensor? grad_grad_residual, Tensor grad_out, Tensor input, "
+      "Tensor? weight, Tensor? bias, Tensor? relu_mask, Tensor? save_stats, "
+      "Tensor? running_mean, Tensor? running_var, float eps, bool relu, "
+      "bool need_grad_out, bool need_input, bool need_weight) "
+      "-> (Tensor grad_grad_out, Tensor grad_input, Tensor grad_weight)");
 }

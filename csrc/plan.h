@@ -119,6 +119,11 @@ struct CudaPlan {
 
 // What kernels and plan agree on.
 inline constexpr int kMaxCudaThreads = 512;
+// Threads that have registers enough for the sums and coefficients of their lanes: 128 each of an
+// SM's 65536, 168 for four lanes, 255 for eight.
+constexpr int max_cuda_threads(IndexMap map, int vector) {
+  return map == IndexMap::kRows || vector == 1 ? kMaxCudaThreads : vector == 4 ? 384 : 256;
+}
 inline constexpr int kWarpThreads = 32;
 inline constexpr int kMaskBits = 8;  // elements of a row whose mask bits share a byte
 inline constexpr int64_t kMaxGroupLanes = 512;

@@ -31,9 +31,6 @@ constexpr int64_t kMaxSegmentWidth = 1 << 16;
 // in flight.
 constexpr int64_t kMinItemsPerThread = 4;
 
-// 512 threads with 128 registers fill an SM's register file (the kernels' launch bounds): one such
-// block or two of half the size are sure to run at once, whatever the compiler needs.
-constexpr int kFullBlockThreads = kMaxCudaThreads, kHalfBlockThreads = kMaxCudaThreads / 2;
 // The driver takes this much of an SM's shared memory for each block.
 constexpr int64_t kReservedSharedBytes = 1024;
 // A block with less of its own spends its time on starting and exchanging (1 to 2 us, in which an
@@ -68,6 +65,12 @@ struct Layout {
   int64_t lanes_per_channel;
   std::vector<int64_t> groups;  // channels of a group, to choose from: widest first
 };
+
+// The kernels' launch bounds fill an SM's register file: one such block or two of half the size are
+// sure to run at once, whatever the compiler needs.
+int full_block(const Layout& layout) {
+  return max_cuda_threads(layout.map, layout.vector);
+}
 
 int64_t operands(const Problem& p) {
   return is_backward(p.stage) ? 2 : 1;
@@ -114,9 +117,10 @@ std::vector<int64_t> column_groups(const Problem& p, int64_t lanes_per_channel, 
 // Channels that are few items each share a block, as long as blocks fill the GPU.
 int64_t row_group(const Problem& p, const CudaInfo& cuda, int vector) {
   const int64_t items = p.n * ceil_div(p.hw, kMaskBits) * (kMaskBits / vector);
-  int64_t group = kHalfBlockThreads / kWarpThreads;
-  while (group > 1 && (group * items > kHalfBlockThreads * kMinItemsPerThread ||
-                       ceil_div(p.c, group) < cuda.sms))
+  constexpr int kThreads = kMaxCudaThreads / 2;
+  int64_t group = kThreads / kWarpThreads;
+  while (group > 1 &&
+         (group * items > kThreads * kMinItemsPerThread || ceil_div(p.c, group) < cuda.sms))
     group /= 2;
   return group;
 }
@@ -201,7 +205,7 @@ CudaPlan cut(const Problem& p, const Layout& layout, int64_t group, int64_t team
   } else {
     plan.rows = p.channels_last ? p.count() : p.n;
     plan.columns = round_up(plan.group_lanes(), kMaskBits) / plan.vector;
-    if (plan.columns > threads) plan.threads = kFullBlockThreads;
+    if (plan.columns > threads) plan.threads = full_block(layout);
   }
   plan.rows_per_block = ceil_div(plan.rows, team_blocks);
   if (resident)
@@ -234,9 +238,9 @@ Found resident_in_clusters(const Problem& p, const Layout& layout, const CudaInf
   };
   const int64_t full = cuda.shared_bytes_per_block;
   const int64_t half = std::min(full, cuda.shared_bytes_per_sm / 2 - kReservedSharedBytes);
-  for (const Size& size : {Size{half, kHalfBlockThreads, 1, kPortableClusterBlocks},
-                           Size{full, kFullBlockThreads, 1, kPortableClusterBlocks},
-                           Size{full, kFullBlockThreads, kLargeClusterBlocks, most}}) {
+  for (const Size& size : {Size{half, full_block(layout) / 2, 1, kPortableClusterBlocks},
+                           Size{full, full_block(layout), 1, kPortableClusterBlocks},
+                           Size{full, full_block(layout), kLargeClusterBlocks, most}}) {
     Found best;
     double best_balance = 0;
     for (int64_t blocks = std::max(least, size.least); blocks <= std::min(most, size.most);
@@ -267,7 +271,7 @@ Found resident_in_grid(const Problem& p, const Layout& layout, const CudaInfo& c
                        int64_t least_bytes) {
   for (const int64_t group : layout.groups) {
     const auto plan_for = [&](int64_t blocks) {
-      return cut(p, layout, group, blocks, kFullBlockThreads, true);
+      return cut(p, layout, group, blocks, full_block(layout), true);
     };
     const auto fits = [&](int64_t blocks) {
       return plan_for(blocks).shared_bytes <= cuda.shared_bytes_per_block;
@@ -330,7 +334,7 @@ CudaPlan streaming(const Problem& p, const Layout& layout, const CudaInfo& cuda)
     const int64_t ranges = ceil_div(groups, most), launched = ceil_div(groups, ranges);
     const int64_t splits =
         choose_splits(launched, slots, std::max<int64_t>(1, bytes / kMinBlockBytes));
-    CudaPlan plan = cut(p, layout, group, splits, kFullBlockThreads, false);
+    CudaPlan plan = cut(p, layout, group, splits, full_block(layout), false);
     plan.team_blocks = ceil_div(plan.rows, plan.rows_per_block);  // none without rows
     plan.groups_per_launch = plan.teams = launched;
     // Without a second read: the sums, then the gradients of the parameters.

@@ -31,6 +31,7 @@ SUBSET = """
 import os, torch
 from cases import DTYPES, LAYOUTS, make
 from test_backward import check_backward
+from test_double_backward import check_double_backward
 from test_forward import check_forward
 from bnext import _C
 from bnext.functional import batch_norm
@@ -53,6 +54,7 @@ for shape in SHAPES:
                 try:
                     check_forward(case, training, relu)
                     check_backward(case, training, relu)
+                    check_double_backward(case, training, relu)
                 except AssertionError as error:
                     name = f"{shape} {dtypes} {training=} {relu=} {residual=}"
                     raise AssertionError(f"{name}: {error}")

@@ -6,10 +6,13 @@ waited for), and without, in another order drawn at random; the results are the 
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from cases import DTYPES, dtype_id, make, shape_id
+from native import calls
 from native.calls import BLOCK, CLUSTER, COLUMNS, GRID, RESIDENT, ROWS, SMALL, STREAMING
-from native.checks import Setting, check_training
+from native.checks import Setting, both, check_training
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 # (elements of an access, how memory is cut) -> shapes of 2-byte and of 4-byte elements: several
@@ -96,3 +99,50 @@ def test_tensors_that_are_aligned_less(alignment) -> None:
     case = make((3, 5, 9, 8), NCHW, DTYPES[2])
     plan = check_training(case, Setting(), alignment=alignment)
     assert plan.vector == {2: 1, 4: 1, 8: 4}[alignment]
+
+
+GPUS = st.builds(
+    calls.CudaInfo, st.just(90), st.integers(1, 8), st.just(100 * calls.KIB),
+    st.just(99 * calls.KIB), st.sampled_from([0, 2**17, 2**20]), st.sampled_from([1, 2, 4, 8]),
+)  # fmt: skip
+
+
+@settings(max_examples=40)
+@given(
+    n=st.integers(1, 12), c=st.integers(1, 130), h=st.integers(1, 20), w=st.integers(1, 20),
+    memory_format=st.sampled_from([NCHW, NHWC]), dtypes=st.sampled_from(DTYPES), info=GPUS,
+    relu=st.booleans(), residual=st.booleans(), family=st.sampled_from([-1, RESIDENT, STREAMING]),
+    team=st.sampled_from([None, *range(3)]),
+)  # fmt: skip
+def test_any_problem(n, c, h, w, memory_format, dtypes, info, relu, residual, family, team) -> None:
+    assume(n * h * w > 1)
+    case = make((n, c, h, w), memory_format, dtypes, residual=residual)
+    setting = Setting(relu, family, team if family == RESIDENT else None, info)
+    try:
+        check_training(case, setting)
+    except calls.EmulatorError as e:
+        assume("does not fit a GPU" not in str(e))
+        raise
+
+
+def test_every_kernel_is_launched_by_some_plan() -> None:
+    e = both().plain
+    e.kernels()  # forgets what was launched before
+    for dtypes, _, _, layout in (p.values for p in layouts()):
+        case = make(*layout, dtypes)
+        stats = torch.stack([case.running_mean, case.running_var]).double()
+        for family in (RESIDENT, STREAMING):
+            p = calls.problem(case.x, "train_forward")
+            calls.forward(e, calls.plan(e, p, SMALL, family), p, case.x)
+            p = calls.problem(case.x, "train_backward")
+            plan = calls.plan(e, p, SMALL, family)
+            calls.backward(e, plan, p, case.grad_out, case.x, save_stats=stats)
+        p = calls.problem(case.x, "eval_backward")
+        calls.backward(e, calls.plan(e, p), p, case.grad_out, case.x, frozen=case.stats)
+    p = calls.problem(case.x, "train_forward")
+    calls.forward(
+        e, calls.plan(e, p), p, case.x, num_batches_tracked=torch.tensor(0), momentum=None
+    )
+    launched = e.kernels()
+    assert len(launched) > 100
+    assert not [name for name, was in launched.items() if not was]

@@ -1,6 +1,9 @@
 """The emulator itself: correct kernels pass, and every defect put into them on purpose is found."""
 
 import ctypes
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -140,3 +143,22 @@ def test_conversions_of_16_bits_are_those_of_torch(plain, dtype) -> None:
         ctypes.c_void_p(narrow.data_ptr()),
     )  # fmt: skip
     torch.testing.assert_close(narrow.view(dtype), given.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(
+    ("defect", "message"), [(0, ""), (24, "out of bounds"), (25, "shift exponent")]
+)
+def test_sanitizers_see_what_is_within_a_thread(defect, message) -> None:
+    env = dict(os.environ, PYTHON=sys.executable, BNEXT_DEFECT=str(defect))
+    command = [emulated.HERE / "sanitize.sh", "tests/test_native_emulation.py", "-k", "one_defect"]
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    output = result.stdout + result.stderr
+    assert message in output
+    assert (result.returncode == 0) == (defect == 0), output
+
+
+if "BNEXT_DEFECT" in os.environ:  # the process that the test above starts
+
+    def test_one_defect() -> None:
+        emulator = emulated.selftest(os.environ["BNEXT_EMULATION"])
+        assert right(emulator, "block", int(os.environ["BNEXT_DEFECT"]), 1)

@@ -1,5 +1,7 @@
 """The CUDA kernels on the CPU: frozen statistics, running statistics, extreme values, traffic."""
 
+import ctypes
+
 import pytest
 import torch
 
@@ -193,3 +195,16 @@ def test_a_plan_without_kernels_is_refused() -> None:
     plan = calls.plan(both().plain, p, vector=2)
     with pytest.raises(calls.EmulatorError):
         calls.forward(both().plain, plan, p, case.x)
+
+
+def test_an_empty_batch_is_counted() -> None:
+    count = torch.tensor(41)
+    assert both().checked.library.bnext_count(ctypes.c_void_p(count.data_ptr())) == 0
+    assert count == 42
+
+
+def test_structures_are_as_large_as_those_they_mirror() -> None:
+    sizes = (ctypes.c_int64 * 5)()
+    both().plain.library.bnext_sizes(sizes)
+    mirrors = [calls.Problem, calls.CudaInfo, calls.CudaPlan, calls.ForwardArgs, calls.BackwardArgs]
+    assert list(sizes) == [ctypes.sizeof(m) for m in mirrors]

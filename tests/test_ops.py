@@ -13,6 +13,7 @@ from cases import LAYOUTS, make
 train = torch.ops.bnext.batch_norm_train.default
 inference = torch.ops.bnext.batch_norm_inference.default
 backward = torch.ops.bnext.batch_norm_backward.default
+double_backward = torch.ops.bnext.batch_norm_double_backward.default
 
 SHAPES = {
     **LAYOUTS,
@@ -55,10 +56,16 @@ def backward_args(case, training: bool, relu: bool, need=(True,) * 4) -> tuple:
     outputs = op(*forward_args(case, training, relu, True))
     saved = outputs[1] if training else None
     stats = (None, None) if training else case.stats
+    mask = outputs[-1] if relu and case.residual is not None else None
     return (
-        case.grad_out, case.x, case.weight, case.bias, outputs[-1], saved, *stats, 1e-5, relu,
-        *need,
+        case.grad_out, case.x, case.weight, case.bias, mask, saved, *stats, 1e-5, relu, *need,
     )  # fmt: skip
+
+
+def double_backward_args(case, training: bool, relu: bool, need=(True,) * 3) -> tuple:
+    grads = (torch.randn_like(case.x), torch.randn_like(case.weight), torch.randn_like(case.bias))
+    residual = torch.randn_like(case.x) if relu and case.residual is not None else None
+    return (*grads, residual, *backward_args(case, training, relu, ())[:10], *need)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -76,6 +83,8 @@ def test_opcheck(layout, relu, residual, training, device) -> None:
     if case.x.numel():
         need = (True, True, True, relu and residual)
         torch.library.opcheck(backward, backward_args(case, training, relu, need), test_utils=utils)
+        args = double_backward_args(case, training, relu)
+        torch.library.opcheck(double_backward, args, test_utils=utils)
 
 
 @pytest.mark.parametrize("need", list(product([False, True], repeat=4)), ids=str)
@@ -151,7 +160,8 @@ def test_mask_is_saved_only_where_it_is_needed(save_mask, residual, relu, device
     case = make((3, 4, 5, 3), device=device, residual=residual)
     for op, training in ((train, True), (inference, False)):
         mask = op(*forward_args(case, training, relu, save_mask))[-1]
-        assert (mask is not None) == (save_mask and residual and relu)
+        assert (mask is not None) == save_mask
+        assert not save_mask or (mask.numel() > 0) == (residual and relu)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -17,11 +17,6 @@ namespace bnext {
 
 using BackwardCall = Call<BackwardArgs>;
 
-// Items in flight: each is a load of x and one of dy. Fewer where they are wide: registers are what
-// limits these kernels.
-template <class T, int V>
-inline constexpr int kBackwardItems = sizeof(Pack<T, V>) >= 16 ? 2 : 4;
-
 template <class C>
 struct BackwardCoefficients {
   Affine<C> affine;  // the forward's
@@ -72,10 +67,14 @@ __device__ inline InputGrad<C> finish_backward(const BackwardCall& call, int64_t
                             sums.dy_xmu / count);
 }
 
+// Items in registers at once, of two operands.
+template <class Source>
+inline constexpr int kTileItems = Source::kItems / 2;
+
 // Some of a thread's items in registers: dy behind the ReLU, and x.
-template <class T, int V>
+template <class T, int V, int kCount>
 struct GradTile {
-  static constexpr int kItems = kBackwardItems<T, V>;
+  static constexpr int kItems = kCount;
   Pack<T, V> x[kItems], dy[kItems];
   Item at[kItems];
   bool valid[kItems];
@@ -97,7 +96,8 @@ template <class T, int V, class Items, class Source>
 __device__ inline void load_tile(const BackwardCall& call, const Items& items,
                                  const Affine<compute_t<T>> (&affine)[Items::kLanes],
                                  const Source& x, const Source& dy, bool reads_x, Item& item, int k,
-                                 int first, int last, int direction, GradTile<T, V>& tile) {
+                                 int first, int last, int direction,
+                                 GradTile<T, V, kTileItems<Source>>& tile) {
 #pragma unroll
   for (int i = 0; i < tile.kItems; ++i) {
     const int j = k + direction * i;
@@ -142,8 +142,8 @@ __device__ inline bool sum_products(C mean, const ForEach& for_each, GradSums& s
 }
 
 // Adds a tile to the sums of a thread's lanes.
-template <class T, int V, int kLanes>
-__device__ inline void add_tile(ThreadGradSums<kLanes>& sums, const GradTile<T, V>& tile,
+template <class T, int V, int kItems, int kLanes>
+__device__ inline void add_tile(ThreadGradSums<kLanes>& sums, const GradTile<T, V, kItems>& tile,
                                 const Affine<compute_t<T>> (&affine)[kLanes]) {
   using C = compute_t<T>;
 #pragma unroll
@@ -196,10 +196,10 @@ __device__ inline void settle(const BackwardCall& call, const Items& items,
 
 // Stores dx and the residual's gradient of a tile. With frozen statistics dx does not depend on x,
 // not even where x is inf or nan.
-template <class T, int V, class Items>
+template <class T, int V, int kItems, class Items>
 __device__ inline void store_tile(const BackwardCall& call, const Items& items,
                                   const InputGrad<compute_t<T>> (&grad)[Items::kLanes],
-                                  const GradTile<T, V>& tile) {
+                                  const GradTile<T, V, kItems>& tile) {
   using C = compute_t<T>;
   const BackwardArgs& args = call.args;
 #pragma unroll
@@ -250,11 +250,11 @@ __device__ inline void add_items(const BackwardCall& call, const Items& items,
                                  const LaneCoefficients<compute_t<T>, Items::kLanes>& lanes,
                                  int first, int last, const Source& x, const Source& dy,
                                  ThreadGradSums<Items::kLanes>& sums) {
-  constexpr int kItems = kBackwardItems<T, V>;
+  constexpr int kItems = kTileItems<Source>;
   Item item = items.at(first);
 #pragma unroll 1
   for (int k = first; k < last; k += kItems) {
-    GradTile<T, V> tile;
+    GradTile<T, V, kTileItems<Source>> tile;
     load_tile(call, items, lanes.affine, x, dy, true, item, k, first, last, 1, tile);
     add_tile(sums, tile, lanes.affine);
     if constexpr (kWritesFrozen)
@@ -273,15 +273,15 @@ __device__ inline void apply_backward(const BackwardCall& call, const Items& ite
   const int count = items.iterations();
   Item item = items.at(count - 1);
 #pragma unroll 1
-  for (int k = count - 1; k >= 0; k -= kBackwardItems<T, V>) {
-    GradTile<T, V> tile;
+  for (int k = count - 1; k >= 0; k -= kTileItems<Source>) {
+    GradTile<T, V, kTileItems<Source>> tile;
     load_tile(call, items, lanes.affine, x, dy, reads_x, item, k, 0, count, -1, tile);
     store_tile(call, items, lanes.grad, tile);
   }
 }
 
 template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(kMaxCudaThreads, 1)
+__global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
     batch_norm_resident_backward_kernel(const __grid_constant__ BackwardCall call) {
   using C = compute_t<T>;
   using Items = typename ItemsOf<kMap, V>::type;
@@ -290,7 +290,6 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
   const SharedLayout shared = shared_layout(plan, 2 * slab_items * sizeof(Pack<T, V>));
   Pack<T, V>* const x_slab = reinterpret_cast<Pack<T, V>*>(shared.slabs);
   Pack<T, V>* const dy_slab = x_slab + slab_items;
-  const SharedSource<T, V> x{x_slab}, dy{dy_slab};
   auto* const coefficients = static_cast<BackwardCoefficients<C>*>(shared.coefficients);
   const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
   // As many turns for every block: those without a group still meet the others.
@@ -298,6 +297,7 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
     const int64_t group = turn * plan.teams + team, channel0 = group * plan.group;
     const int channels = channels_of(call.problem, plan, group);
     const Items items(call.problem, plan, group, rank);
+    const SharedSource<T, V> x{x_slab}, dy{dy_slab};
     set_coefficients(call, channel0, channels, coefficients);
     ThreadGradSums<Items::kLanes> sums;
     {
@@ -323,7 +323,7 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
 }
 
 template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(kMaxCudaThreads, 1)
+__global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
     batch_norm_reduce_backward_kernel(const __grid_constant__ BackwardCall call) {
   using C = compute_t<T>;
   using Items = typename ItemsOf<kMap, V>::type;
@@ -347,7 +347,7 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
 }
 
 template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(kMaxCudaThreads, 1)
+__global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
     batch_norm_apply_backward_kernel(const __grid_constant__ BackwardCall call) {
   using C = compute_t<T>;
   using Items = typename ItemsOf<kMap, V>::type;

@@ -15,10 +15,6 @@ namespace bnext {
 
 using ForwardCall = Call<ForwardArgs>;
 
-// Items in flight while applying: each is a load of x, perhaps one of the residual, and a store.
-template <class T, int V>
-inline constexpr int kForwardItems = sizeof(Pack<T, V>) >= 16 ? 2 : 4;
-
 // The weight of this batch in the running statistics. NaN stands for the cumulative average, whose
 // count has been raised by a launch before.
 __device__ inline double averaging_factor(const ForwardArgs& args) {
@@ -71,7 +67,7 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
   for (int lane = 0; lane < Items::kLanes; ++lane)
     if (items.channel(lane) < call.problem.c)
       affine[lane] = coefficients[items.channel(lane) - channel0];
-  constexpr int kItems = kForwardItems<T, V>;
+  constexpr int kItems = Source::kItems;
   Item item = items.at(items.iterations() - 1);
 #pragma unroll 1
   for (int k = items.iterations() - 1; k >= 0; k -= kItems) {
@@ -121,13 +117,13 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
 template <class T, int V, class Items, class Source>
 __device__ inline void add_items(const Items& items, int first, int last, const Source& source,
                                  ThreadMoments<Items::kLanes>& sums) {
-  using ItemTile = Tile<T, V>;
+  constexpr int kItems = 2 * Source::kItems;
   Item item = items.at(first);
 #pragma unroll 1
-  for (int k = first; k < last; k += ItemTile::kItems) {
-    ItemTile tile;
+  for (int k = first; k < last; k += kItems) {
+    Tile<T, V, kItems> tile;
 #pragma unroll
-    for (int i = 0; i < tile.kItems; ++i) {
+    for (int i = 0; i < kItems; ++i) {
       tile.valid[i] = k + i < last && items.valid(item);
       if (tile.valid[i]) tile.x[i] = source(k + i, items.offset(item));
       items.advance(item);
@@ -165,7 +161,7 @@ __device__ inline void settle(const Items& items, const Source& source,
 }
 
 template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(kMaxCudaThreads, 1)
+__global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
     batch_norm_resident_forward_kernel(const __grid_constant__ ForwardCall call) {
   using C = compute_t<T>;
   using Items = typename ItemsOf<kMap, V>::type;
@@ -198,7 +194,7 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
 }
 
 template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(kMaxCudaThreads, 1)
+__global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
     batch_norm_reduce_forward_kernel(const __grid_constant__ ForwardCall call) {
   using Items = typename ItemsOf<kMap, V>::type;
   const CudaPlan& plan = call.plan;
@@ -217,7 +213,7 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
 }
 
 template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(kMaxCudaThreads, 1)
+__global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
     batch_norm_apply_forward_kernel(const __grid_constant__ ForwardCall call) {
   using C = compute_t<T>;
   using Items = typename ItemsOf<kMap, V>::type;

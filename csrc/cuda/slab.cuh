@@ -10,6 +10,9 @@ namespace bnext {
 
 template <class T, int V>
 struct SharedSource {
+  // Items in registers at once: shared memory answers soon.
+  static constexpr int kItems = sizeof(Pack<T, V>) >= 16 ? 2 : 4;
+
   const Pack<T, V>* slab;
   // The k-th item of this thread, `offset` elements into the tensor.
   __device__ const Pack<T, V>& operator()(int k, int64_t) const {
@@ -19,6 +22,9 @@ struct SharedSource {
 
 template <class T, int V>
 struct GlobalSource {
+  // As many as keep memory busy.
+  static constexpr int kItems = sizeof(Pack<T, V>) >= 16 ? 4 : 8;
+
   const T* data;
   __device__ const Pack<T, V>& operator()(int, int64_t offset) const {
     return *reinterpret_cast<const Pack<T, V>*>(data + offset);

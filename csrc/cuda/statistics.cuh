@@ -9,11 +9,10 @@
 
 namespace bnext {
 
-// Items in registers, read together so that many loads are in flight. Fewer where they are wide:
-// registers are what limits these kernels.
-template <class T, int V>
+// Items in registers, read together so that many loads are in flight.
+template <class T, int V, int kCount>
 struct Tile {
-  static constexpr int kItems = sizeof(Pack<T, V>) >= 16 ? 4 : 8;
+  static constexpr int kItems = kCount;
   Pack<T, V> x[kItems];
   bool valid[kItems];
 };
@@ -92,8 +91,8 @@ __device__ inline Moments<double> two_pass(int count, const ForEach& for_each, b
 }
 
 // Adds a tile to the moments of a thread's lanes: one for all elements, or one for each of V.
-template <class T, int V, int kLanes>
-__device__ inline void add_tile(ThreadMoments<kLanes>& sums, const Tile<T, V>& tile) {
+template <class T, int V, int kItems, int kLanes>
+__device__ inline void add_tile(ThreadMoments<kLanes>& sums, const Tile<T, V, kItems>& tile) {
   int items = 0;
 #pragma unroll
   for (int i = 0; i < tile.kItems; ++i) items += tile.valid[i];

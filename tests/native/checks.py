@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +15,11 @@ from native.calls import H100, RESIDENT
 
 
 class Both:
-    """The emulator with every access checked, and the fast one."""
+    """The emulator with every access checked, and the fast one (sanitize.sh: with sanitizers)."""
 
     def __init__(self) -> None:
         self.checked = emulated.kernels("checked")
-        self.plain = emulated.kernels("plain")
+        self.plain = emulated.kernels(os.environ.get("BNEXT_EMULATION", "plain"))
 
     def run(self, call, seed: int = 1):
         """call(emulator) twice."""

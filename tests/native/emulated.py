@@ -26,14 +26,11 @@ VARIANTS = {
     "plain": (["-O1"], []),
     # The calls that ThreadSanitizer's instrumentation makes are answered by memory.cpp.
     "checked": (["-O1", "-DBNEXT_INSTRUMENTED"], ["-fsanitize=thread"]),
-    "sanitized": (
-        ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], []
-    ),
-}  # fmt: skip
+    "sanitized": (["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"], []),
+}
 
 
-def build(name: str, variant: str, sources: list[Path], kernels: list[Path],
-          csrc: Path = CSRC) -> Path:  # fmt: skip
+def build(name: str, variant: str, sources: list[Path], kernels: list[Path]) -> Path:
     """Brings build/native/<variant>/<name>.so up to date; returns its path."""
     folder = ROOT / "build" / "native" / variant
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +56,8 @@ def build(name: str, variant: str, sources: list[Path], kernels: list[Path],
     if not file.exists() or file.read_text() != text:
         file.write_text(text)
     command = [Path(ninja.BIN_DIR) / "ninja", "-C", folder, "-f", file.name, f"{name}.so"]
-    result = subprocess.run(command, capture_output=True, text=True)
+    env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # see sanitize.sh
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
     assert result.returncode == 0, f"{shlex.join(map(str, command))}\n{result.stdout[-8000:]}"
     return folder / f"{name}.so"
 
@@ -114,7 +112,8 @@ class Emulator:
         n = self.library.bnext_launched(addresses, ctypes.c_int64(1000))
         assert n <= len(addresses)
         lines = subprocess.run(["nm", "-C", self.path], capture_output=True, text=True).stdout
-        found = re.findall(r"^(\w+) \w (?:void )?(bnext::[^\n]*_kernel\b[^\n]*)\(", lines, re.M)
+        pattern = r"^(\w+) \w (?:void )?bnext::(?:\(\S+ \S+\)::)?(\w+_kernel\b[^{\n]*)$"
+        found = re.findall(pattern, lines, re.M)
         return {name: int(address, 16) in set(addresses[:n]) for address, name in found}
 
 

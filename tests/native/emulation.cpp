@@ -4,6 +4,7 @@
 #include <random>
 #include <set>
 
+#include "../../csrc/plan.h"
 #include "machine.h"
 
 Index3 threadIdx, blockIdx, blockDim, gridDim;
@@ -189,16 +190,17 @@ void run_grid() {
 }
 
 const char* refusal(const LaunchShape& s) {
-  if (s.threads < kWarp || s.threads > 1024 || s.threads % kWarp != 0)
-    return "threads must be a multiple of 32 up to 1024";
+  if (s.threads < kWarp || s.threads > kMaxCudaThreads || s.threads % kWarp != 0)
+    return "threads must be a multiple of 32 within the kernels' launch bounds";
   if (s.blocks < 1 || s.blocks >= int64_t{1} << 31) return "no such number of blocks";
   if (s.shared_bytes < 0 || s.shared_bytes > limits.shared_bytes_per_block)
     return "more shared memory than a block can have";
   if (s.cluster_blocks < 1 || s.cluster_blocks > limits.max_cluster_blocks)
     return "no such cluster size";
   if (s.blocks % s.cluster_blocks != 0) return "the cluster size does not divide the blocks";
-  const int64_t per_sm = std::min({int64_t{2048 / s.threads}, int64_t{32},
-                                   limits.shared_bytes_per_sm / (s.shared_bytes + 1024)});
+  // Launch bounds let a block of kMaxCudaThreads have all registers of an SM.
+  const int64_t per_sm = std::min(std::max<int64_t>(1, kMaxCudaThreads / s.threads),
+                                  limits.shared_bytes_per_sm / (s.shared_bytes + 1024));
   if (s.cooperative && s.blocks > limits.sms * per_sm)
     return "more blocks than fit the GPU at a time in a cooperative launch";
   return nullptr;

@@ -93,6 +93,14 @@ int bnext_forward(const CudaPlan* plan, const Problem* problem, const ForwardArg
   return finish(on.memory, launch_forward(*plan, *problem, a, workspace, nullptr));
 }
 
+int bnext_count(int64_t* num_batches_tracked) {
+  emulation::clear_error();
+  Buffers memory;
+  int64_t* const count =
+      memory.add(num_batches_tracked, int64_t{sizeof(int64_t)}, Kind::kState, "the count");
+  return finish(memory, launch_count(count, nullptr));
+}
+
 int bnext_backward(const CudaPlan* plan, const Problem* problem, const BackwardArgs* host) {
   emulation::clear_error();
   OnDevice on{*problem, {}};

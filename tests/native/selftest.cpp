@@ -37,6 +37,9 @@ enum Defect {
   kTooMuchShared,
   kClusterDoesNotDivide,
   kGridTooLarge,
+  // within a thread
+  kLocalOverflow,
+  kShiftTooFar,
 };
 
 struct Args {
@@ -80,7 +83,10 @@ __global__ void sum_rows(Args a) {
     if (a.defect == kPartialShuffle && threadIdx.x < 16) v = shuffle_xor(v, 8);
     if (a.defect == kSharedOverflow) scratch[blockDim.x / 32] = 0;
     if (a.defect == kUninitialised && threadIdx.x == 0) v += scratch[0] * 0;
-    const float sum = block_sum(v, scratch, a.defect);
+    float local[4] = {};
+    local[a.defect == kLocalOverflow ? row + 4 : row % 4] = v;
+    if (a.defect == kShiftTooFar) v *= static_cast<float>(1 << (row + 32));
+    const float sum = block_sum(v + 0 * local[a.n % 4], scratch, a.defect);
     if (threadIdx.x == 0) a.out[row] = sum;
   }
 }

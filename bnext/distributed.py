@@ -1,0 +1,89 @@
+"""Batch normalisation over processes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from bnext.functional import is_relu, normalize
+
+__all__ = ["SyncBatchNorm"]
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    r"""Batch normalisation by the statistics of all processes: :class:`torch.nn.SyncBatchNorm`.
+
+    Same constructor, parameters, buffers, ``state_dict`` and errors; see there. What differs: where
+    there is nothing to synchronise (eval, no process group, or a single process) bnext's op runs,
+    and the module may have an activation, as :class:`bnext.BatchNormAct2d` has. Where there is, the
+    statistics are torch's kernels', for the devices that those support (not the CPU), and residual
+    and activation follow unfused.
+
+    Args:
+        act: ``"relu"``, or ``None`` for no activation. Default: ``None``. All others as in
+            :class:`torch.nn.SyncBatchNorm`.
+
+    Shape:
+        - Input: :math:`(N, C, *)`
+        - Residual: as the input, or ``None``
+        - Output: as the input
+
+    Example::
+
+        >>> model = bnext.SyncBatchNorm.convert_sync_batchnorm(model)
+    """
+
+    def __init__(self, *args: Any, act: str | None = None, **kwargs: Any) -> None:
+        is_relu(act)  # raises
+        super().__init__(*args, **kwargs)
+        self.act = act
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalise, add the residual and apply the activation."""
+        relu = is_relu(self.act)
+        fits = residual is None or (residual.shape, residual.dtype) == (input.shape, input.dtype)
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if (self.training and distributed) or not fits:
+            output = super().forward(input)
+            output = output if residual is None else output + residual
+            return output.relu() if relu else output
+        self._check_input_dim(input)
+        self._check_non_zero_input_channels(input)
+        tracked = not self.training or self.track_running_stats
+        return normalize(
+            input, self.weight, self.bias, residual,
+            self.running_mean if tracked else None, self.running_var if tracked else None,
+            self.num_batches_tracked if self.training and tracked else None,
+            self.training or (self.running_mean is None and self.running_var is None),
+            self.momentum, self.eps, relu,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        """The constructor's arguments."""
+        return f"{super().extra_repr()}{f', act={self.act!r}' if self.act else ''}"
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
+        """Turn every batch norm in :attr:`module` into a :class:`bnext.SyncBatchNorm`.
+
+        As torch.nn's, which makes a :class:`torch.nn.SyncBatchNorm` whatever it is called on, and
+        with the activation of a :class:`bnext.BatchNormAct2d` kept. Parameters and buffers stay the
+        same objects.
+
+        Args:
+            module: any module, possibly a batch norm itself.
+            process_group: whose processes are synchronised; all by default.
+
+        Returns:
+            :attr:`module`, or what a batch norm became.
+        """
+        if isinstance(module, _BatchNorm):
+            # torch's makes a new module of each, with the parameters and buffers of the old.
+            converted = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
+            converted.__class__ = cls
+            vars(converted)["act"] = getattr(module, "act", None)
+            module = converted
+        for name, child in module.named_children():
+            setattr(module, name, cls.convert_sync_batchnorm(child, process_group))
+        return module
