@@ -49,8 +49,8 @@ if platform.machine() in ("x86_64", "AMD64"):
     CPU_ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
     CPU_ISAS["avx512"] += " -mprefer-vector-width=512"
     CPU_ISAS["avx512"] += " -Wno-uninitialized"  # a false alarm in the intrinsics of gcc 12
-# Where no GPU says otherwise: 8.6 and 8.9 run what 8.0 does, and what is later than 10.0 compiles its
-# PTX at first use. Each takes minutes to compile.
+# Where no GPU says otherwise: 8.6 and 8.9 run what 8.0 does, and later ones compile the PTX of 10.0
+# at first use. Each costs some 40 s of compiling on one core.
 DEFAULT_CUDA_ARCHS = ("8.0", "9.0", "10.0")
 
 
@@ -196,7 +196,8 @@ def ninja_manifest(version: str, torch: Torch, cuda: Cuda) -> str:
     # -MD and not -MMD: another torch in the same place must rebuild too.
     compiler = shell(words("CXX") or ["g++"])
     cxx = f"{compiler} -MD -MF $out.d $flags {shell(compile_flags(torch, cuda))}"
-    nvcc = f"{shell([cuda.nvcc])} -MD -MF $out.d {shell(nvcc_flags(cuda))}"
+    appended = f"NVCC_APPEND_FLAGS={shell([os.environ.get('NVCC_APPEND_FLAGS', '')])}"
+    nvcc = f"{appended} {shell([cuda.nvcc])} -MD -MF $out.d {shell(nvcc_flags(cuda))}"
     link = f"{compiler} -shared -o $out $in {shell(link_flags(torch, cuda))}"
     lines = ["ninja_required_version = 1.5"]
     for name, command in {"cxx": cxx, **({"nvcc": nvcc} if cuda.nvcc else {})}.items():

@@ -159,8 +159,11 @@ def _device_info(device: torch.device | str, num_threads: int | None) -> _C.Devi
         return _C.cpu_device_info(torch.get_num_threads() if num_threads is None else num_threads)
     if device.type != "cuda":
         raise ValueError(f"explain knows the plans for cpu and cuda, not for {device}")
+    index = device.index
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
     try:
-        return _C.cuda_device_info(device.index or 0)
+        return _C.cuda_device_info(index)
     except RuntimeError as error:
         raise ValueError(
             f"{error}. Give explain the numbers of a GPU instead: "

@@ -63,6 +63,9 @@ def smoke(unpacked: str) -> None:
     x = torch.randn(4, 3, 5, 5)
     torch.testing.assert_close(compiled(x), torch.nn.BatchNorm2d(3)(x))
     built = bnext.build_info()
+    for op in ("batch_norm_train", "batch_norm_inference", "batch_norm_backward"):
+        has_cuda = torch._C._dispatch_has_kernel_for_dispatch_key(f"bnext::{op}", "CUDA")
+        assert has_cuda == built["cuda"], op
     print(
         f"torch {torch.__version__}, python {sys.version.split()[0]}: {checks + 1} checks; {built}"
     )
