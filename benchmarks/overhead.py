@@ -1,8 +1,9 @@
-"""Cost per call on a tiny tensor, module against module, one thread."""
+"""Cost per call on a tiny tensor, eager and compiled, and of a second derivative; one thread."""
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,36 +32,74 @@ def _call(module: nn.Module, mode: str) -> timing.Call:
     return lambda: torch.autograd.grad(module(x), wanted, grad_out)
 
 
+def _second_derivative(module: nn.Module, memory_format: torch.memory_format) -> timing.Call:
+    """What a gradient penalty adds: the gradients of dx for dy, x and the weight."""
+    x, dy, v = (
+        torch.randn(32, 64, 56, 56, generator=torch.Generator().manual_seed(seed))
+        .contiguous(memory_format=memory_format).requires_grad_(seed < 2)
+        for seed in range(3)
+    )  # fmt: skip
+    (dx,) = torch.autograd.grad(module(x), x, dy, create_graph=True)
+    wanted = dy, x, module.weight
+    return lambda: torch.autograd.grad(dx, wanted, v, retain_graph=True)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    mode: str
+    calls: dict[str, timing.Call]
+    context: Callable[[], AbstractContextManager[object]]
+    repeat: int
+    rounds: int
+
+
+def _comparisons(rounds: int, repeat: int) -> Iterator[Comparison]:
+    for compiled in (False, True):
+        for mode, (training, context) in _MODES.items():
+            modules = [n(CHANNELS).train(training) for n in (nn.BatchNorm2d, bnext.BatchNorm2d)]
+            if compiled:
+                torch.compiler.reset()
+                modules = [torch.compile(module, fullgraph=True) for module in modules]
+            calls = dict(zip(("torch", "bnext"), (_call(m, mode) for m in modules), strict=True))
+            name = f"{mode}, compiled" if compiled else mode
+            yield Comparison(name, calls, context, repeat, rounds)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        calls = {
+            "torch": _second_derivative(nn.BatchNorm2d(64), memory_format),
+            "bnext": _second_derivative(bnext.BatchNorm2d(64), memory_format),
+        }
+        layout = "channels_last" if memory_format is torch.channels_last else "contiguous"
+        name = f"second derivative, 32x64x56x56 {layout}"
+        yield Comparison(name, calls, nullcontext, 1, min(rounds, 15))
+
+
 def run(out: Path, rounds: int, repeat: int) -> int:
     torch.set_num_threads(1)
     console = Console()
     facts = report.provenance()
     console.print(report.facts_table(facts))
-    title = f"one call on 2x{CHANNELS}x2x2, us: medians of {rounds} paired rounds"
+    title = f"one call on 2x{CHANNELS}x2x2 unless it says otherwise, us: medians of paired rounds"
     table = report.numbers_table(title, ["mode"], ["nn.BatchNorm2d", "bnext.BatchNorm2d", "ratio"])
     rows = []
-    for mode, (training, context) in _MODES.items():
-        torchs, ours = nn.BatchNorm2d(CHANNELS), bnext.BatchNorm2d(CHANNELS)
-        calls = {
-            "torch": _call(torchs.train(training), mode),
-            "bnext": _call(ours.train(training), mode),
-        }
-        with context():
-            for call in calls.values():
-                for _ in range(repeat):
+    for comparison in _comparisons(rounds, repeat):
+        with comparison.context():
+            for call in comparison.calls.values():
+                for _ in range(comparison.repeat):
                     call()
-            timed = timing.alternate(calls, float("inf"), repeat, rounds)
+            timed = timing.alternate(
+                comparison.calls, float("inf"), comparison.repeat, comparison.rounds
+            )
         pairs = zip(timed["bnext"].seconds, timed["torch"].seconds, strict=True)
         ratio = statistics.median(a / b for a, b in pairs)
         torch_us, bnext_us = timed["torch"].ms * 1e3, timed["bnext"].ms * 1e3
-        table.add_row(mode, f"{torch_us:.2f}", f"{bnext_us:.2f}", f"{ratio:.2f}")
+        table.add_row(comparison.mode, f"{torch_us:.2f}", f"{bnext_us:.2f}", f"{ratio:.2f}")
         rows.append(
             {
-                "mode": mode,
+                "mode": comparison.mode,
                 "torch_us": f"{torch_us:.3f}",
                 "bnext_us": f"{bnext_us:.3f}",
                 "ratio": f"{ratio:.3f}",
-                "rounds": rounds,
+                "rounds": comparison.rounds,
             }
         )
     console.print(table)
