@@ -17,19 +17,19 @@ cudaError_t launch_backward_as(const CudaPlan& plan, const Problem& problem,
                     stream, call);
     return for_each_range(plan, [&](int64_t first, int64_t groups) {
       call.first_group = first;
+      const bool sums = !frozen || problem.need_params;
       cudaError_t error = cudaSuccess;
-      if (!frozen || problem.need_params)
+      if (sums)
         error = launch(batch_norm_reduce_backward_kernel<T, vector, map>, shape_of(plan, groups),
                        stream, call);
-      if (error == cudaSuccess && frozen && problem.need_params) {
+      if (error != cudaSuccess) return error;
+      if (sums && (frozen || !problem.applies())) {
         LaunchShape one_block_each = shape_of(plan, groups);
         one_block_each.blocks = groups;
         return launch(batch_norm_finish_backward_kernel<T>, one_block_each, stream, call);
       }
-      if (error == cudaSuccess)
-        error = launch(batch_norm_apply_backward_kernel<T, vector, map>, shape_of(plan, groups),
-                       stream, call);
-      return error;
+      return launch(batch_norm_apply_backward_kernel<T, vector, map>, shape_of(plan, groups),
+                    stream, call);
     });
   });
 }
