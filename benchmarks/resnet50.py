@@ -135,10 +135,10 @@ def train(model: nn.Module, precision: Precision, settings: Settings, compiled: 
     return Result(first_loss, batch * steps / seconds, peak)
 
 
+@torch.backends.cudnn.flags(enabled=True, benchmark=True)
 def run(out: Path, settings: Settings, minutes: float, with_compile: bool) -> int:
     console = Console(width=110)
     end = time.perf_counter() + minutes * 60
-    torch.backends.cudnn.benchmark = True
     facts = report.provenance() | gpu_facts(settings.device)
     images = f"{settings.batch} images of {settings.size}x{settings.size}"
     facts["step"] = f"{images}, {settings.steps} steps timed"

@@ -17,8 +17,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from torch.testing._internal.common_methods_invocations import op_db
     from torch.testing._internal.common_modules import module_db
-# That import forbids assignments to torch.backends.*, for the tests of other files too.
-torch.backends.__allow_nonbracketed_mutation_flag = True
 
 NAMES = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"]
 MODULES = {i.module_cls.__name__: i for i in module_db if i.module_cls.__name__ in NAMES}

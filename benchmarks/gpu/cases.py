@@ -184,15 +184,10 @@ class Subject:
         return lambda: self.backward(self.forward(), retain_graph=False)
 
 
-@contextlib.contextmanager
-def chosen(provider: str) -> Iterator[None]:
+def chosen(provider: str) -> contextlib.AbstractContextManager[None]:
     """Calls of `aten` are made without cuDNN; torch looks at each forward pass."""
-    enabled = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = enabled and provider != "aten"
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.enabled = enabled
+    now = torch.backends.cudnn
+    return now.flags(now.enabled and provider != "aten", now.benchmark, allow_tf32=now.allow_tf32)
 
 
 class Verdict(NamedTuple):

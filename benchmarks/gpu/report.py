@@ -79,7 +79,7 @@ def rows(timings: Timings, costs: Costs) -> Iterable[dict[str, Any]]:
                 "rounds": len(timed.seconds),
                 "tensor_mb": f"{case.bytes / 1e6:.3f}",
                 "useful_gb_per_s": f"{case.bytes * tensors / timed.ms / 1e6:.4g}",
-                "share_of_copy": f"{share:.3f}",
+                "share_of_copy": f"{share:.3g}",
                 "time_over_bnext": f"{timed.ms / by_provider['bnext'].ms:.3f}",
                 "launches": "" if kernels is None else len(kernels),
                 "uses_cudnn": "" if kernels is None else any("cudnn" in k for k in kernels),
