@@ -131,7 +131,7 @@ def test_statistics() -> None:
     assert network == pytest.approx((3 * 6 + 6) / (3 * 2 + 4))
     costs = {(case, "backward", "bnext"): report.Cost(2**20, ["a", "cudnn::b"])}
     rows = {row["provider"]: row for row in report.rows({key: peers}, costs)}
-    assert rows["bnext"]["share_of_copy"] == "0.750" and rows["copy"]["share_of_copy"] == "1.000"
+    assert rows["bnext"]["share_of_copy"] == "0.75" and rows["copy"]["share_of_copy"] == "1"
     assert rows["bnext"]["launches"] == 2 and rows["bnext"]["uses_cudnn"] is True
     assert rows["bnext"]["peak_mib"] == "1.0" and rows["eager"]["launches"] == ""
     assert float(rows["bnext"]["useful_gb_per_s"]) == pytest.approx(3 * case.bytes / 2e-3 / 1e9)
