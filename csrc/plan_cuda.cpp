@@ -222,7 +222,7 @@ double balance(int64_t blocks, int64_t slots) {
 }
 
 int64_t exchange_bytes(const CudaPlan& plan) {
-  return plan.team_blocks > 1 ? plan.team_blocks * plan.group_lanes() * kPartialBytes : 0;
+  return plan.team_blocks > 1 ? plan.team_blocks * plan.group * kPartialBytes : 0;
 }
 
 using Found = std::optional<CudaPlan>;
@@ -289,7 +289,7 @@ Found resident_in_grid(const Problem& p, const Layout& layout, const CudaInfo& c
     plan.family = Family::kResident;
     plan.team = Team::kGrid;
     plan.teams = teams;
-    plan.workspace_bytes = 2 * teams * plan.team_blocks * plan.group_lanes() * kPartialBytes;
+    plan.workspace_bytes = 2 * teams * plan.team_blocks * plan.group * kPartialBytes;
     return plan;
   }
   return std::nullopt;
@@ -354,7 +354,7 @@ CudaPlan streaming(const Problem& p, const Layout& layout, const CudaInfo& cuda)
   plan.team = Team::kStream;
   plan.family = reduces ? Family::kStreaming : Family::kElementwise;
   if (reduces)
-    plan.workspace_bytes = plan.teams * plan.team_blocks * plan.group_lanes() * kPartialBytes;
+    plan.workspace_bytes = plan.teams * plan.team_blocks * plan.group * kPartialBytes;
   if (rereads) plan.bytes_moved = std::max<int64_t>(0, p.bytes_read() - plan.launches / 2 * kept);
   return plan;
 }

@@ -111,7 +111,7 @@ def check(problem, gpu, p, needs=(True, True), alignment=16) -> None:
     )  # fmt: skip
     assert p.shared_bytes <= gpu.shared_bytes_per_block
     assert 1 <= p.teams * p.team_blocks < 2**31
-    partials = p.teams * p.team_blocks * lanes * PARTIAL_BYTES
+    partials = p.teams * p.team_blocks * p.group * PARTIAL_BYTES
     turns = ceil(p.groups, p.teams)
     if p.team == "block":
         assert p.team_blocks == 1

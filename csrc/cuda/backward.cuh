@@ -359,12 +359,8 @@ __global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
   const int channels = channels_of(call.problem, plan, group);
   set_coefficients(call, channel0, channels, coefficients);
   if (!is_frozen(call.args)) {
-    join_team<GradSums>(
-        plan, channels,
-        [&](int from, int lane) {
-          return workspace_of<GradSums>(call.workspace, plan, team, from)[lane];
-        },
-        [&](int channel, const GradSums& all) {
+    join_published<GradSums>(
+        plan, call.workspace, team, channels, [&](int channel, const GradSums& all) {
           coefficients[channel].grad = finish_backward<C>(call, channel0 + channel, all, rank == 0);
         });
     sync_block();
@@ -382,14 +378,11 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_finish_backward_kernel(const __grid_constant__ BackwardCall call) {
   const CudaPlan& plan = call.plan;
   const int64_t group = blockIdx.x;
-  join_team<GradSums>(
-      plan, channels_of(call.problem, plan, group),
-      [&](int from, int lane) {
-        return workspace_of<GradSums>(call.workspace, plan, group, from)[lane];
-      },
-      [&](int channel, const GradSums& all) {
-        finish_backward<compute_t<T>>(call, group * plan.group + channel, all, true);
-      });
+  join_published<GradSums>(plan, call.workspace, group, channels_of(call.problem, plan, group),
+                           [&](int channel, const GradSums& all) {
+                             finish_backward<compute_t<T>>(call, group * plan.group + channel, all,
+                                                           true);
+                           });
 }
 
 }  // namespace bnext

@@ -59,12 +59,10 @@ __device__ inline void join_threads(const Sums& thread_sums, const Items& items,
 }
 
 // Calls finish(channel of the group, sum) for each channel, on one thread, with the join of
-// get(rank, lane) over all ranks of the team and all lanes of the channel.
+// get(channel, entry) over all entries.
 template <class P, class Get, class Finish>
-__device__ inline void join_team(const CudaPlan& plan, int channels, const Get& get,
-                                 const Finish& finish) {
-  const int lanes = static_cast<int>(plan.lanes_per_channel);
-  const int entries = static_cast<int>(plan.team_blocks) * lanes;
+__device__ inline void join_entries(const CudaPlan& plan, int channels, int64_t entries,
+                                    const Get& get, const Finish& finish) {
   int width = 1;  // threads of a channel
   while (width < entries && width < kWarpThreads) width *= 2;
   for (int base = 0; base < channels * width; base += plan.threads) {
@@ -72,11 +70,33 @@ __device__ inline void join_team(const CudaPlan& plan, int channels, const Get& 
     const int first = static_cast<int>(threadIdx.x) % width;
     P sum{};
     if (channel < channels)
-      for (int e = first; e < entries; e += width)
-        sum = join(sum, get(e / lanes, channel * lanes + e % lanes));
+      for (int e = first; e < entries; e += width) sum = join(sum, get(channel, e));
     for (int d = width / 2; d > 0; d /= 2) sum = join(sum, shuffled(sum, d));
     if (channel < channels && first == 0) finish(channel, sum);
   }
+}
+
+// join_entries over the lanes of each channel, of this block.
+template <class P, class Finish>
+__device__ inline void join_lanes(const CudaPlan& plan, const SharedLayout& shared, int channels,
+                                  const Finish& finish) {
+  const P* const partials = static_cast<const P*>(shared.partials);
+  const int lanes = static_cast<int>(plan.lanes_per_channel);
+  join_entries<P>(
+      plan, channels, lanes,
+      [&](int channel, int lane) { return partials[channel * lanes + lane]; }, finish);
+}
+
+// This block's partial results by channel, in shared memory after join_threads: what it tells
+// others. Ends with a barrier where there was something to do.
+template <class P>
+__device__ inline P* partials_of_channels(const CudaPlan& plan, const SharedLayout& shared,
+                                          int channels) {
+  if (plan.lanes_per_channel == 1) return static_cast<P*>(shared.partials);
+  P* const joined = static_cast<P*>(shared.scratch);
+  join_lanes<P>(plan, shared, channels, [&](int channel, const P& sum) { joined[channel] = sum; });
+  sync_block();
+  return joined;
 }
 
 // Where the partial results of a block of a team lie in the workspace.
@@ -84,44 +104,49 @@ template <class P>
 __device__ inline P* workspace_of(void* workspace, const CudaPlan& plan, int64_t team,
                                   int64_t rank) {
   return reinterpret_cast<P*>(static_cast<unsigned char*>(workspace) +
-                              (team * plan.team_blocks + rank) * plan.group_lanes() *
-                                  kPartialBytes);
+                              (team * plan.team_blocks + rank) * plan.group * kPartialBytes);
 }
 
-// Copies this block's partials, in shared memory after join_threads, to global memory.
+// Copies this block's partial results to global memory.
 template <class P>
 __device__ inline void publish(const CudaPlan& plan, const SharedLayout& shared, int channels,
                                P* to) {
-  const int lanes = channels * static_cast<int>(plan.lanes_per_channel);
-  for (int i = static_cast<int>(threadIdx.x); i < lanes; i += plan.threads)
-    to[i] = static_cast<const P*>(shared.partials)[i];
+  const P* const partials = partials_of_channels<P>(plan, shared, channels);
+  for (int i = static_cast<int>(threadIdx.x); i < channels; i += plan.threads) to[i] = partials[i];
 }
 
-// Publishes this block's partials to its team, and joins the
-// team's for finish(). `turn` counts the exchanges of this launch. Ends with a barrier.
+// Joins what all blocks of a team published.
+template <class P, class Finish>
+__device__ inline void join_published(const CudaPlan& plan, void* workspace, int64_t team,
+                                      int channels, const Finish& finish) {
+  join_entries<P>(
+      plan, channels, plan.team_blocks,
+      [&](int channel, int rank) { return workspace_of<P>(workspace, plan, team, rank)[channel]; },
+      finish);
+}
+
+// Tells this block's partial results to its team, and joins the team's for finish(). `turn` counts
+// the exchanges of this launch. Ends with a barrier.
 template <class P, class Finish>
 __device__ inline void exchange(const CudaPlan& plan, const SharedLayout& shared, void* workspace,
                                 int channels, int64_t team, int64_t rank, int64_t turn,
                                 const Finish& finish) {
-  P* const own = static_cast<P*>(shared.partials);
   if (plan.team == Team::kGrid) {
     // Two turns apart no block still reads what this one writes: all have met in between.
     const int64_t slot = turn % 2 * plan.teams + team;
     publish<P>(plan, shared, channels, workspace_of<P>(workspace, plan, slot, rank));
     sync_grid();
-    join_team<P>(
-        plan, channels,
-        [&](int from, int lane) { return workspace_of<P>(workspace, plan, slot, from)[lane]; },
-        finish);
+    join_published<P>(plan, workspace, slot, channels, finish);
     sync_block();
   } else if (plan.team == Team::kCluster) {
+    P* const own = partials_of_channels<P>(plan, shared, channels);
     sync_cluster();
-    join_team<P>(
-        plan, channels, [&](int from, int lane) { return in_block_of_cluster(own, from)[lane]; },
-        finish);
+    join_entries<P>(
+        plan, channels, plan.team_blocks,
+        [&](int channel, int from) { return in_block_of_cluster(own, from)[channel]; }, finish);
     sync_cluster();  // no block leaves, or writes its partials again, while another reads them
   } else {
-    join_team<P>(plan, channels, [&](int, int lane) { return own[lane]; }, finish);
+    join_lanes<P>(plan, shared, channels, finish);
     sync_block();
   }
 }

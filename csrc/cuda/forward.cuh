@@ -225,12 +225,8 @@ __global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
   const int64_t group = call.first_group + team, channel0 = group * plan.group;
   const int channels = channels_of(call.problem, plan, group);
   if (is_training(call.problem.stage)) {
-    join_team<Moments<double>>(
-        plan, channels,
-        [&](int from, int lane) {
-          return workspace_of<Moments<double>>(call.workspace, plan, team, from)[lane];
-        },
-        [&](int channel, const Moments<double>& m) {
+    join_published<Moments<double>>(
+        plan, call.workspace, team, channels, [&](int channel, const Moments<double>& m) {
           coefficients[channel] = finish_forward<C>(call, channel0 + channel, m, rank == 0);
         });
   } else {

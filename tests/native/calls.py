@@ -147,8 +147,7 @@ def with_team(plan: CudaPlan, p: Problem, team_blocks: int, teams: int = 0) -> C
         changed.items_per_thread = items
     if plan.team in (GRID, STREAM):
         parities = 2 if plan.team == GRID else 1
-        lanes = plan.group * plan.lanes_per_channel
-        changed.workspace_bytes = parities * changed.teams * team_blocks * lanes * 24
+        changed.workspace_bytes = parities * changed.teams * team_blocks * plan.group * 24
     return changed
 
 
