@@ -23,7 +23,7 @@ using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-using Sizes = std::vector<int64_t>;
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // As STD_TORCH_CHECK, without the path of this file in the user's message.
 #define BNEXT_CHECK(condition, ...) \
@@ -117,26 +117,27 @@ inline bool suggests_channels_last(const Tensor& t) {
   return falls(0);
 }
 
-inline Sizes dense_strides(const Tensor& t, bool channels_last) {
+// Calls f(dimension, stride) for each dimension of t, of t made dense in the format.
+template <class F>
+inline void for_each_dense_stride(const Tensor& t, bool channels_last, const F& f) {
   const auto sizes = t.sizes();
-  Sizes strides(t.dim());
   int64_t stride = 1;
   const auto place = [&](int64_t d) {
-    strides[d] = stride;
+    f(d, stride);
     stride *= sizes[d] > 1 ? sizes[d] : 1;
   };
   if (channels_last) place(1);
   for (int64_t d = t.dim() - 1; d >= 0; --d)
     if (!(channels_last && d == 1)) place(d);
-  return strides;
 }
 
 // t itself where it is dense in the format already, else a copy.
 inline Tensor as_dense(const Tensor& t, bool channels_last) {
   const auto sizes = t.sizes(), strides = t.strides();
-  const Sizes dense = dense_strides(t, channels_last);
   bool is_dense = true;
-  for (int64_t d = 0; d < t.dim(); ++d) is_dense &= sizes[d] == 1 || strides[d] == dense[d];
+  for_each_dense_stride(t, channels_last, [&](int64_t d, int64_t stride) {
+    is_dense &= sizes[d] == 1 || strides[d] == stride;
+  });
   if (is_dense) return t;
   const auto format = !channels_last ? MemoryFormat::Contiguous
                       : t.dim() == 4 ? MemoryFormat::ChannelsLast
@@ -145,7 +146,7 @@ inline Tensor as_dense(const Tensor& t, bool channels_last) {
 }
 
 // Uninitialised memory on t's device; dtype is an aoti_torch_dtype_*() code.
-inline Tensor allocate(const Tensor& t, const Sizes& sizes, const Sizes& strides, int32_t dtype) {
+inline Tensor allocate(const Tensor& t, Sizes sizes, Sizes strides, int32_t dtype) {
   int32_t device_type, device_index;
   AtenTensorHandle handle;
   BNEXT_SHIM(aoti_torch_get_device_type(t.get(), &device_type));
@@ -162,9 +163,9 @@ inline int32_t dtype_code(const Tensor& t) {
 }
 
 inline Tensor allocate_like(const Tensor& t, bool channels_last) {
-  const auto sizes = t.sizes();
-  return allocate(t, Sizes(sizes.begin(), sizes.end()), dense_strides(t, channels_last),
-                  dtype_code(t));
+  std::vector<int64_t> strides(static_cast<size_t>(t.dim()));
+  for_each_dense_stride(t, channels_last, [&](int64_t d, int64_t stride) { strides[d] = stride; });
+  return allocate(t, t.sizes(), strides, dtype_code(t));
 }
 
 // One value per channel, in param's dtype.
