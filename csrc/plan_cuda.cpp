@@ -353,8 +353,7 @@ CudaPlan streaming(const Problem& p, const Layout& layout, const CudaInfo& cuda)
   CudaPlan plan = choose();
   plan.team = Team::kStream;
   plan.family = reduces ? Family::kStreaming : Family::kElementwise;
-  if (reduces)
-    plan.workspace_bytes = plan.teams * plan.team_blocks * plan.group * kPartialBytes;
+  if (reduces) plan.workspace_bytes = plan.teams * plan.team_blocks * plan.group * kPartialBytes;
   if (rereads) plan.bytes_moved = std::max<int64_t>(0, p.bytes_read() - plan.launches / 2 * kept);
   return plan;
 }
