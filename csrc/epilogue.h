@@ -1,11 +1,17 @@
 // The per-element arithmetic of batch norm, for host scalars, host vectors and device scalars:
 // every kernel, forward or backward, goes through these, so that a recomputed ReLU sign is
-// bit-identical. Includes welford.h for BNEXT_HD only.
+// bit-identical. Includes welford.h for BNEXT_HD, and cmath.
 #pragma once
+
+#include <cmath>
 
 #include "welford.h"
 
 namespace bnext {
+
+BNEXT_HD inline double inverse_std(double variance, double eps) {
+  return 1 / sqrt(variance + eps);
+}
 
 // z = (x - mean) * scale + shift. T is the compute type (float, double or a vector of them).
 // The mean is split: `mean` is rounded to T, so x - mean is exact near the mean, and its rounding

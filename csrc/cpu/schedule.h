@@ -63,10 +63,6 @@ inline void write(ParamOut v, int64_t c, double value) {
   }
 }
 
-inline double inverse_std(double variance, double eps) {
-  return 1 / std::sqrt(variance + eps);
-}
-
 // Scratch of one call: `arrays` of `length` values, readable kLanePadding past their ends.
 template <class T>
 class Arrays {

@@ -31,7 +31,7 @@ __device__ inline double mean_of(const BackwardArgs& args, int64_t c) {
 }
 __device__ inline double invstd_of(const BackwardCall& call, int64_t c) {
   const BackwardArgs& args = call.args;
-  return is_frozen(args) ? 1 / sqrt(read(args.running_var, c, 1) + args.eps)
+  return is_frozen(args) ? inverse_std(read(args.running_var, c, 1), args.eps)
                          : args.save_stats[call.problem.c + c];
 }
 
@@ -254,7 +254,7 @@ __device__ inline void add_items(const BackwardCall& call, const Items& items,
   Item item = items.at(first);
 #pragma unroll 1
   for (int k = first; k < last; k += kItems) {
-    GradTile<T, V, kTileItems<Source>> tile;
+    GradTile<T, V, kItems> tile;
     load_tile(call, items, lanes.affine, x, dy, true, item, k, first, last, 1, tile);
     add_tile(sums, tile, lanes.affine);
     if constexpr (kWritesFrozen)
@@ -372,13 +372,13 @@ __global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
                        GlobalSource<T, V>{static_cast<const T*>(call.args.grad_out)});
 }
 
-// The parameters' gradients from the sums of a reduction over all groups; a block per group.
+// The parameters' gradients from the sums of a reduction; a block per group.
 template <class T>
 __global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_finish_backward_kernel(const __grid_constant__ BackwardCall call) {
   const CudaPlan& plan = call.plan;
-  const int64_t group = blockIdx.x;
-  join_published<GradSums>(plan, call.workspace, group, channels_of(call.problem, plan, group),
+  const int64_t group = call.first_group + blockIdx.x;
+  join_published<GradSums>(plan, call.workspace, blockIdx.x, channels_of(call.problem, plan, group),
                            [&](int channel, const GradSums& all) {
                              finish_backward<compute_t<T>>(call, group * plan.group + channel, all,
                                                            true);

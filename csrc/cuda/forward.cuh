@@ -28,10 +28,6 @@ __device__ inline void count_batch(const ForwardArgs& args) {
     ++*args.num_batches_tracked;
 }
 
-__device__ inline double inverse_std(double variance, double eps) {
-  return 1 / sqrt(variance + eps);
-}
-
 // The affine map of a channel, from its moments; `writes`: and its statistics to global memory.
 template <class C>
 __device__ inline Affine<C> finish_forward(const ForwardCall& call, int64_t c,

@@ -1,6 +1,6 @@
-// A thread's sums over its items: tiles in registers, joined in double. Floats over-
-// and underflow where their squares do (1e19, 1e-19): such a lane is summed again in double, once
-// all is there, so that what is rare takes no registers from what is not.
+// A thread's sums over its items: tiles in registers, joined in double. Floats over- and underflow
+// where their squares do (1e19, 1e-19): such a lane is summed again in double, once all is there,
+// so that what is rare takes no registers from what is not.
 #pragma once
 
 #include "../epilogue.h"
@@ -38,7 +38,7 @@ struct GradSums {
 template <int kLanes>
 struct ThreadGradSums {
   GradSums lanes[kLanes] = {};
-  unsigned unfit = 0;  // as above
+  unsigned unfit = 0;  // lanes of which a float sum over- or underflowed
 
   __device__ const GradSums& of(int lane) const { return lanes[lane]; }
 };

@@ -36,7 +36,8 @@ bnext_switch_stack:
   sub sp, sp, #160
   stp x19, x20, [sp, #0]; stp x21, x22, [sp, #16]; stp x23, x24, [sp, #32]
   stp x25, x26, [sp, #48]; stp x27, x28, [sp, #64]; stp x29, x30, [sp, #80]
-  stp d8, d9, [sp, #96]; stp d10, d11, [sp, #112]; stp d12, d13, [sp, #128]; stp d14, d15, [sp, #144]
+  stp d8, d9, [sp, #96]; stp d10, d11, [sp, #112]
+  stp d12, d13, [sp, #128]; stp d14, d15, [sp, #144]
   mov x2, sp
   str x2, [x0]
   mov sp, x1
