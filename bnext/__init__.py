@@ -1,5 +1,6 @@
 """bnext: batch normalisation for PyTorch that reads the activation from memory once."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from bnext import functional
@@ -18,9 +19,12 @@ from bnext.modules import (
 )
 
 if TYPE_CHECKING:
+    from bnext import introspect
     from bnext.introspect import Explanation, build_info, explain
 
 __version__ = "0.1.0"
+
+_LAZY = ("Explanation", "build_info", "explain", "introspect")
 
 __all__ = [
     "BatchNorm1d",
@@ -40,14 +44,18 @@ __all__ = [
     "convert",
     "explain",
     "functional",
+    "introspect",
     "revert",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # Imported when asked for: `python -m bnext.introspect` would find itself imported already.
-    if name in ("Explanation", "build_info", "explain"):
-        from bnext import introspect
-
-        return getattr(introspect, name)
+    if name in _LAZY:
+        introspect = importlib.import_module("bnext.introspect")
+        return introspect if name == "introspect" else getattr(introspect, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

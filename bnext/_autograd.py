@@ -16,7 +16,9 @@ from bnext._ops import DOUBLE_BACKWARD_DEVICES, EAGER, TRACED
 __all__ = ["BatchNormFunction", "apply", "traced_apply"]
 
 _Grads: TypeAlias = tuple[Tensor | None, ...]
-is_grad_enabled = torch.is_grad_enabled  # one lookup less a call
+# One lookup less a call each.
+is_grad_enabled = torch.is_grad_enabled
+is_inference: Callable[[Tensor], bool] = Tensor.is_inference
 
 
 def _eager_backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
@@ -57,6 +59,24 @@ def _backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
     return *grads[:3], grad_out if need_residual and not relu else grads[3], None
 
 
+def _refuse_gradients_of_statistics(running_mean: Tensor) -> None:
+    name = "running_mean" if running_mean.requires_grad else "running_var"
+    raise RuntimeError(
+        "The function 'native_batch_norm' is not differentiable with respect to argument "
+        f"'{name}'. This input cannot have requires_grad True."
+    )
+
+
+def _refuse_inference_tensors(counter: Tensor | None, *saved: Tensor | None) -> None:
+    """Let torch refuse what it cannot count in or save, before the op has run."""
+    if counter is not None:
+        counter.add_(0)
+    with torch.enable_grad():
+        for tensor in saved:  # running statistics too: torch saves them
+            if tensor is not None:
+                torch.ones((), device=tensor.device, requires_grad=True) * tensor
+
+
 class BatchNormFunction(torch.autograd.Function):
     """Batch normalisation with gradients for (input, weight, bias, residual), as eager calls it.
 
@@ -78,8 +98,20 @@ class BatchNormFunction(torch.autograd.Function):
         output: Tensor
         running_mean, running_var, num_batches_tracked, training, momentum, eps, relu = rest
         if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
-            raise RuntimeError("batch norm has no gradients for running_mean and running_var")
+            _refuse_gradients_of_statistics(running_mean)
         if training:
+            if (
+                is_inference(input)
+                or (weight is not None and is_inference(weight))
+                or (bias is not None and is_inference(bias))
+                or (running_mean is not None and is_inference(running_mean))
+                or (running_var is not None and is_inference(running_var))
+                or (num_batches_tracked is not None and is_inference(num_batches_tracked))
+            ):
+                saved = bias if relu or weight is None else None
+                _refuse_inference_tensors(
+                    num_batches_tracked, input, weight, saved, running_mean, running_var
+                )
             output, save_stats, relu_mask = EAGER.train(
                 input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
                 momentum, eps, relu, relu and residual is not None,

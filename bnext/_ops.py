@@ -19,7 +19,7 @@ except ImportError as error:
         f"with this Python and torch >= 2.11 in its environment (found torch {torch.__version__})."
     ) from error
 
-__all__ = ["DOUBLE_BACKWARD_DEVICES", "EAGER", "TRACED", "_C"]
+__all__ = ["DEVICES", "DOUBLE_BACKWARD_DEVICES", "EAGER", "TRACED", "_C"]
 
 
 class Ops(NamedTuple):
@@ -39,12 +39,17 @@ TRACED = Ops(
 )
 # What an OpOverload calls, without its Python frame (0.2 us). Dynamo only knows the former.
 EAGER = Ops(*(op._op for op in TRACED))
-# The types of devices that have it; on others a second derivative is composed of ATen's operations.
-DOUBLE_BACKWARD_DEVICES = frozenset(
-    key.lower()
-    for key in ("CPU", "CUDA")
-    if torch._C._dispatch_has_kernel_for_dispatch_key("bnext::batch_norm_double_backward", key)
-)
+
+
+def _devices(op: str) -> frozenset[str]:
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(key.lower() for key in ("CPU", "CUDA") if has_kernel(f"bnext::{op}", key))
+
+
+# The types of devices that have kernels. Without that of the double backward, a second derivative
+# is composed of ATen's operations.
+DEVICES = _devices("batch_norm_train") | {"meta"}
+DOUBLE_BACKWARD_DEVICES = _devices("batch_norm_double_backward")
 
 
 def _check_devices(input: Tensor, *others: Tensor | None) -> None:
@@ -168,3 +173,19 @@ torch.library.register_fake("bnext::batch_norm_train", _fake_train)
 torch.library.register_fake("bnext::batch_norm_inference", _fake_inference)
 torch.library.register_fake("bnext::batch_norm_backward", _fake_backward)
 torch.library.register_fake("bnext::batch_norm_double_backward", _fake_double_backward)
+
+
+def _resolve_negative(*args: Any) -> Any:
+    """`batch_norm_train` where the negative bit of a tensor is set (``z.conj().imag``).
+
+    The dispatcher's own way resolves a copy, and loses what the op changes there.
+    """
+    plain = [arg.resolve_neg() if isinstance(arg, Tensor) else arg for arg in args]
+    outputs = TRACED.train(*plain)
+    for arg, changed in zip(args[4:7], plain[4:7], strict=True):
+        if arg is not changed:
+            arg.copy_(changed)
+    return outputs
+
+
+torch.library.impl("bnext::batch_norm_train", "Negative")(_resolve_negative)

@@ -4,9 +4,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext.functional import is_relu, normalize
+from bnext.modules import add_by_its_rules, fx_leaf, statistics
 
 __all__ = ["SyncBatchNorm"]
 
@@ -42,21 +44,23 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalise, add the residual and apply the activation."""
         relu = is_relu(self.act)
+        if not isinstance(input, Proxy):
+            self._check_input_dim(input)
+            self._check_non_zero_input_channels(input)
+        elif getattr(input.tracer, "root", None) is not self:
+            return fx_leaf(self, input, residual)
         fits = residual is None or (residual.shape, residual.dtype) == (input.shape, input.dtype)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if (self.training and distributed) or not fits:
-            output = super().forward(input)
-            output = output if residual is None else output + residual
+            norm = super().forward
+            if residual is not None:
+                return add_by_its_rules(norm, statistics(self)[:3], input, residual, relu)
+            output = norm(input)
             return output.relu() if relu else output
-        self._check_input_dim(input)
-        self._check_non_zero_input_channels(input)
-        tracked = not self.training or self.track_running_stats
+        running_mean, running_var, num_batches_tracked, training = statistics(self)
         return normalize(
-            input, self.weight, self.bias, residual,
-            self.running_mean if tracked else None, self.running_var if tracked else None,
-            self.num_batches_tracked if self.training and tracked else None,
-            self.training or (self.running_mean is None and self.running_var is None),
-            self.momentum, self.eps, relu,
+            input, self.weight, self.bias, residual, running_mean, running_var,
+            num_batches_tracked, training, self.momentum, self.eps, relu,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -1,11 +1,13 @@
 """Batch normalisation as functions: the way from PyTorch's calls to bnext's ops, and gradients.
 
 An ordinary eager call goes straight to an op (through :class:`BatchNormFunction` where a gradient
-is wanted). One that a tracer, a transform or a tensor subclass watches is routed by `_detour`.
+is wanted). One that a tracer, a transform or a tensor subclass watches is routed by `_detour`, and
+one that the op refused by `_after_refusal`.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,9 +16,11 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
+from torch.fx import Proxy
+from torch.overrides import has_torch_function_variadic
 
-from bnext._autograd import BatchNormFunction, apply, traced_apply
-from bnext._ops import _C, EAGER
+from bnext._autograd import BatchNormFunction, apply, is_inference, traced_apply
+from bnext._ops import _C, DEVICES, EAGER
 
 __all__ = ["BatchNormFunction", "batch_norm", "batch_norm_act"]
 
@@ -25,12 +29,15 @@ train, inference = EAGER.train, EAGER.inference
 is_scripting: Callable[[], bool] = torch.jit.is_scripting
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 is_grad_enabled = torch.is_grad_enabled
+is_inference_mode = torch.is_inference_mode_enabled
 tracing_state = torch._C._get_tracing_state
 transforms_active = torch._C._are_functorch_transforms_active
 _is_tracing: Callable[[], bool] = torch.jit.is_tracing
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Tensors the ops take as they are: besides plain ones, those that only stand in for them.
 _NATIVE_TYPES: tuple[type, ...] = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
+_NO_OVERRIDE = torch._C._disabled_torch_function_impl
+_TENSOR_OR_NONE = (Tensor, type(None))
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def batch_norm(
@@ -48,6 +55,14 @@ def batch_norm(
     Same arguments, results and errors; see there. What differs: the activation is read from memory
     once where it fits the cache, and a call that raises has changed no running statistic.
     """
+    if not is_scripting() and has_torch_function_variadic(
+        input, running_mean, running_var, weight, bias
+    ):
+        node: Tensor | None = _fx_node(
+            batch_norm, input, running_mean, running_var, weight, bias, training, momentum, eps
+        )
+        if node is not None:
+            return node
     return batch_norm_act(
         input, running_mean, running_var, weight, bias, None, training, momentum, eps, None
     )
@@ -111,8 +126,23 @@ def batch_norm_act(
             training, momentum, eps, act is not None,
         )  # fmt: skip
     else:  # noqa: RET505  (the script compiler leaves out an else, not what follows)
-        if input.dim() == 0:
-            raise IndexError("input: expected at least 2 dimensions, (N, C, *), got a scalar")
+        if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
+            node: Tensor | None = _fx_node(
+                batch_norm_act, input, running_mean, running_var, weight, bias, residual,
+                training, momentum, eps, act,
+            )  # fmt: skip
+            if node is not None:
+                return node
+        if not (
+            isinstance(input, Tensor)
+            and isinstance(running_mean, _TENSOR_OR_NONE)
+            and isinstance(running_var, _TENSOR_OR_NONE)
+            and isinstance(weight, _TENSOR_OR_NONE)
+            and isinstance(bias, _TENSOR_OR_NONE)
+            and type(training) is bool
+            and momentum is not None  # which only a module with a counter has a meaning for
+        ):
+            _ask_torch(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return normalize(
             input, weight, bias, residual, running_mean, running_var, None,
             training, momentum, eps, is_relu(act),
@@ -143,12 +173,13 @@ def normalize(
     # Every instruction from here to the op counts: on small tensors the call is the cost.
     if (
         type(input) is not Tensor
+        or has_torch_function_variadic(weight, bias, residual, running_mean, running_var)
         or is_dynamo_compiling()
         or transforms_active()
         or forward_ad._current_level >= 0
         or tracing_state() is not None
     ):
-        detour = _detour(input, training)
+        detour = _detour(input, weight, bias, residual, running_mean, running_var, training)
         if detour is not None:
             return detour(
                 input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
@@ -156,18 +187,25 @@ def normalize(
             )  # fmt: skip
     if (
         (training and input.shape[0] == 1)
+        or type(momentum) is not float
+        or type(eps) is not float
         or eps <= 0.0
         or running_mean is None
         or running_var is None
     ):
-        _check_values(input, running_mean, running_var, training, eps)
+        _check_values(input, running_mean, running_var, training, momentum, eps)
     try:
-        if is_grad_enabled() and (
-            (weight is not None and weight.requires_grad)
-            or input.requires_grad
-            or (bias is not None and bias.requires_grad)
-            or (residual is not None and residual.requires_grad)
-            or (running_mean is not None and running_mean.requires_grad)
+        if (
+            is_grad_enabled()
+            and (
+                (weight is not None and weight.requires_grad)
+                or input.requires_grad
+                or (bias is not None and bias.requires_grad)
+                or (residual is not None and residual.requires_grad)
+                or (running_mean is not None and running_mean.requires_grad)
+                or (running_var is not None and running_var.requires_grad)
+            )
+            and not is_inference_mode()
         ):
             return apply(
                 input, weight, bias, residual,
@@ -175,6 +213,8 @@ def normalize(
             )  # fmt: skip
         output: Tensor
         if training:
+            if num_batches_tracked is not None and is_inference(num_batches_tracked):
+                num_batches_tracked.add_(0)  # raises, unless in inference mode
             output = train(
                 input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
                 momentum, eps, relu, False,
@@ -185,20 +225,8 @@ def normalize(
             )[0]
         return output
     except RuntimeError as error:
-        if input.shape == (0,):  # torch passes an empty tensor on, without channels as well
-            pass
-        elif not isinstance(error, NotImplementedError):
-            if input.dtype in _DTYPES:
-                raise
-            raise NotImplementedError(str(error)) from error  # torch's type for a dtype
-        elif input.is_cuda:
-            raise RuntimeError(
-                "bnext was built without CUDA and cannot normalise a tensor on a GPU: "
-                f"{_C.build_info()['cuda_missing']}"
-            ) from error
-        # A device or layout without a kernel of ours (xpu, mkldnn, ...).
-        return compose(
-            input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
+        return _after_refusal(
+            error, input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
             training, momentum, eps, relu,
         )  # fmt: skip
 
@@ -208,26 +236,57 @@ def _check_values(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     training: bool,
+    momentum: float | None,
     eps: float,
 ) -> None:
     """Refuse what :func:`torch.nn.functional.batch_norm` refuses beyond shapes and dtypes."""
-    if training and math.prod(input.shape[2:], start=input.shape[0]) == 1:
-        raise ValueError(
-            "batch normalisation needs more than 1 value per channel when training, but the input "
-            f"has size {tuple(input.shape)}"
-        )
-    if eps <= 0.0:
-        # Which eps is refused when depends on torch's version: ask the one installed.
-        stats = torch.zeros(1, device="meta")
-        F.batch_norm(torch.zeros(2, 1, device="meta"), stats, stats, training=training, eps=eps)
-    if not training and (running_mean is None or running_var is None):
-        raise RuntimeError("running_mean and running_var must be given when not training")
-    if (running_mean is None) != (running_var is None):
-        raise ValueError("running_mean and running_var must both be given, or neither")
+    without = (running_mean is None) + (running_var is None)
+    if training and without == 1:
+        raise ValueError("running_mean and running_var must either both be None or neither be None")
+    if (
+        (training and math.prod(input.shape[2:], start=input.shape[0]) == 1)
+        or (without and not training)
+        or not isinstance(momentum, float | int | None)
+        or not isinstance(eps, float | int)
+        or eps <= 0.0
+    ):
+        momentum = 0.0 if momentum is None else momentum
+        _ask_torch(input, running_mean, running_var, None, None, training, momentum, eps)
 
 
-def _detour(input: Tensor, training: bool) -> Callable[..., Tensor] | None:
+def _ask_torch(input: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any,
+               training: Any, momentum: Any, eps: Any) -> None:  # fmt: skip
+    """Raise what the installed torch raises for arguments like these, in its own words.
+
+    Its checks need no values, so meta tensors stand in for those given.
+    """
+    input, running_mean, running_var, weight, bias = (
+        torch.empty(t.shape, device="meta") if isinstance(t, Tensor) else t
+        for t in (input, running_mean, running_var, weight, bias)
+    )
+    F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+
+
+def _fx_node(function: Callable[..., Tensor], *args: Any) -> Any:
+    """The call as a leaf of the graph that torch.fx traces; None where no proxy is among `args`."""
+    for arg in args:
+        if isinstance(arg, Proxy):
+            return arg.tracer.create_proxy("call_function", function, args, {})
+    return None
+
+
+def _detour(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+) -> Callable[..., Tensor] | None:
     """How to run a call that is not an ordinary eager one; None for the ordinary way."""
+    if any(map(_overrides, (input, weight, bias, residual, running_mean, running_var))):
+        return _overridden
     if (
         forward_ad._current_level >= 0
         or tracing_state() is not None
@@ -236,13 +295,110 @@ def _detour(input: Tensor, training: bool) -> Callable[..., Tensor] | None:
         return compose
     transformed = transforms_active()
     if torch.compiler.is_compiling():
-        # In eval the compiler folds and fuses ATen's batch norm; in training ours is faster.
-        return _traced if training and not transformed else compose
+        # In eval the compiler folds and fuses ATen's batch norm; in training ours is faster. What
+        # is exported is for others, which only know ATen's.
+        ours = training and not transformed and not torch.compiler.is_exporting()
+        return _traced if ours and input.dim() >= 2 else compose
     if transformed:
         grad = torch._C._functorch.TransformType.Grad
         stack = torch._C._functorch.get_interpreter_stack() or []
-        return _traced if all(level.key() == grad for level in stack) else compose
+        ours = input.dim() >= 2 and all(level.key() == grad for level in stack)
+        return _traced if ours else compose
     return None
+
+
+def _overrides(tensor: Any) -> bool:
+    """Whether a tensor has its own `__torch_function__`, leaving out active modes."""
+    kind = type(tensor)
+    return kind not in _NATIVE_TYPES and (
+        getattr(kind, "__torch_function__", _NO_OVERRIDE) is not _NO_OVERRIDE
+    )
+
+
+def _overridden(*args: Any) -> Tensor:
+    """For proxies of torch.fx and tensors with a `__torch_function__`, which knows torch's."""
+    node = _fx_node(normalize, *args)
+    return compose(*args) if node is None else node
+
+
+def _after_refusal(
+    error: RuntimeError,
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """Run what the op refused but torch takes, and raise `error` for the rest.
+
+    The arguments decide, not the error: one that was raised after the op must not run it again.
+    """
+    if num_batches_tracked is not None and not is_native_counter(num_batches_tracked, input):
+        with undone_on_error(num_batches_tracked):
+            return normalize(
+                input, weight, bias, residual, running_mean, running_var, None,
+                training, count(num_batches_tracked, momentum), eps, relu,
+            )  # fmt: skip
+    tensors = [
+        t for t in (input, weight, bias, residual, running_mean, running_var) if t is not None
+    ]
+    if input.is_cuda and "cuda" not in DEVICES:
+        raise RuntimeError(
+            "bnext was built without CUDA and cannot normalise a tensor on a GPU: "
+            f"{_C.build_info()['cuda_missing']}"
+        ) from error
+    if input.numel() == 0 or not all(map(_has_kernels, tensors)):
+        with undone_on_error(running_mean, running_var, num_batches_tracked):
+            return compose(
+                input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
+                training, momentum, eps, relu,
+            )  # fmt: skip
+    if input.dtype not in _DTYPES:
+        raise NotImplementedError(str(error)) from error  # torch's type for a dtype
+    raise error
+
+
+def _has_kernels(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in _NATIVE_TYPES
+        and tensor.device.type in DEVICES
+        and tensor.layout is torch.strided
+    )
+
+
+def is_native_counter(num_batches_tracked: Tensor, input: Tensor) -> bool:
+    """Whether the op can count in it; anything else that has an `add_` is torch's to count in."""
+    return (
+        num_batches_tracked.dtype is torch.int64
+        and num_batches_tracked.numel() == 1
+        and num_batches_tracked.device == input.device
+    )
+
+
+def count(num_batches_tracked: Tensor, momentum: float | None) -> float:
+    """Count a batch, and return the weight of its statistics."""
+    num_batches_tracked.add_(1)
+    return 1.0 / float(num_batches_tracked) if momentum is None else momentum
+
+
+@contextmanager
+def undone_on_error(*state: Tensor | None) -> Iterator[None]:
+    """Give running statistics and counter their values back where a call does not succeed."""
+    before = [(t, t.detach().clone()) for t in state if t is not None]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, value in before:
+                if not (tensor.is_meta or torch.equal(tensor, value)):
+                    tensor.copy_(value)
+        raise
 
 
 def compose(
@@ -259,8 +415,15 @@ def compose(
     relu: bool,
 ) -> Tensor:
     """The same from ATen's operations, for whoever only knows those (TorchScript compiles it)."""
-    if residual is not None and not _is_tracing() and residual.shape != input.shape:
-        raise RuntimeError(f"residual: expected input's shape {input.shape}, got {residual.shape}")
+    if residual is not None and not _is_tracing():
+        if residual.shape != input.shape:
+            raise RuntimeError(
+                f"residual: expected input's shape {input.shape}, got {residual.shape}"
+            )
+        if residual.device != input.device:
+            raise RuntimeError(
+                f"residual: expected input's device {input.device}, got {residual.device}"
+            )
     factor = 0.0
     if momentum is not None:
         factor = momentum
@@ -274,9 +437,26 @@ def compose(
     return F.relu(output) if relu else output
 
 
-def _traced(*args: Any) -> Tensor:
-    input, weight, bias, residual, running_mean, running_var, _, training, _, eps, _ = args
-    _check_values(input, running_mean, running_var, training, eps)
+def _traced(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    _check_values(input, running_mean, running_var, training, momentum, eps)
+    if num_batches_tracked is not None and not is_native_counter(num_batches_tracked, input):
+        momentum = count(num_batches_tracked, momentum)
+        num_batches_tracked = None
     if residual is input:
         residual = input.view_as(input)  # Dynamo takes no tensor twice
-    return traced_apply(input, weight, bias, residual, *args[4:])
+    return traced_apply(
+        input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
+        training, momentum, eps, relu,
+    )  # fmt: skip

@@ -4,12 +4,14 @@ Each subclasses torch.nn's class of the same name and adds no state, so that wha
 batch norm finds one, and `convert` can turn one into the other by its class alone.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx import Proxy
+from torch.overrides import has_torch_function_variadic
 
 from bnext.functional import (
     compose,
@@ -21,6 +23,7 @@ from bnext.functional import (
     normalize,
     tracing_state,
     transforms_active,
+    undone_on_error,
 )
 
 __all__ = [
@@ -36,41 +39,93 @@ __all__ = [
 ]
 
 
+def statistics(
+    module: torch.nn.modules.batchnorm._NormBase,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, bool]:
+    """(running_mean, running_var, num_batches_tracked, training) of a call of `module` now.
+
+    What the call does not need is not read: old and stripped modules may lack it.
+    """
+    training = module.training
+    if training and not module.track_running_stats:
+        return None, None, None, True
+    try:
+        # Without Module.__getattr__, which takes 0.4 us each.
+        buffers = module._buffers
+        running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+        num_batches_tracked = buffers["num_batches_tracked"] if training else None
+    except KeyError:  # computed, or not there, which the attribute says
+        running_mean, running_var = module.running_mean, module.running_var
+        num_batches_tracked = module.num_batches_tracked if training else None
+    training = training or (running_mean is None and running_var is None)
+    return running_mean, running_var, num_batches_tracked, training
+
+
+def fx_leaf(module: torch.nn.Module, input: Proxy, residual: Any) -> Any:
+    """A call of `module` in the graph of torch.fx, which keeps torch.nn's modules whole too."""
+    tracer: Any = input.tracer
+    arguments = (input,) if residual is None else (input, residual)
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), arguments, {})
+
+
+def add_by_its_rules(
+    norm: Callable[[Tensor], Tensor],
+    state: Sequence[Tensor | None],
+    input: Tensor,
+    residual: Tensor,
+    relu: bool,
+) -> Tensor:
+    """Activate ``norm(input) + residual`` where no op fuses the addition, all or nothing."""
+    if torch.compiler.is_compiling():  # which would have refused it by now
+        output = norm(input) + residual
+    else:
+        with undone_on_error(*state):
+            output = norm(input) + residual
+    return output.relu() if relu else output
+
+
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """The forward pass."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """Normalise a batch, and in training move the running statistics; see the class."""
         # The two common calls, in few instructions: on a small tensor the call is the cost.
-        if type(input) is Tensor:
-            self._check_input_dim(input)
+        if type(input) is not Tensor:
+            return self._normalize(input, None, False)
+        self._check_input_dim(input)
+        training, momentum, eps = self.training, self.momentum, self.eps
+        try:
+            # Without Module.__getattr__, which takes 0.4 us each.
+            parameters, buffers = self._parameters, self._buffers
+            weight, bias = parameters["weight"], parameters["bias"]
+            running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+            num_batches_tracked = buffers["num_batches_tracked"] if training else None
+        except KeyError:  # pruned, parametrised, or not needed
+            return self._normalize(input, None, False)
+        if training:
+            if self.track_running_stats:
+                return normalize(
+                    input, weight, bias, None, running_mean, running_var, num_batches_tracked,
+                    True, momentum, eps, False,
+                )  # fmt: skip
+        elif not (
+            is_grad_enabled()
+            or type(momentum) is not float
+            or type(eps) is not float
+            or eps <= 0.0
+            or is_dynamo_compiling()
+            or transforms_active()
+            or forward_ad._current_level >= 0
+            or tracing_state() is not None
+            or has_torch_function_variadic(weight, bias, running_mean, running_var)
+        ):
             try:
-                # Without Module.__getattr__, which takes 0.4 us each.
-                parameters, buffers = self._parameters, self._buffers
-                if self.training:
-                    if self.track_running_stats:
-                        return normalize(
-                            input, parameters["weight"], parameters["bias"], None,
-                            buffers["running_mean"], buffers["running_var"],
-                            buffers["num_batches_tracked"], True, self.momentum, self.eps, False,
-                        )  # fmt: skip
-                elif not (
-                    is_grad_enabled()
-                    or self.eps <= 0.0
-                    or is_dynamo_compiling()
-                    or transforms_active()
-                    or forward_ad._current_level >= 0
-                    or tracing_state() is not None
-                ):
-                    output: Tensor = inference(
-                        input, parameters["weight"], parameters["bias"], None,
-                        buffers["running_mean"], buffers["running_var"], self.eps, False, False,
-                    )[0]  # fmt: skip
-                    return output
-            except KeyError:  # pruned or parametrised
+                output: Tensor = inference(
+                    input, weight, bias, None, running_mean, running_var, eps, False, False
+                )[0]
+                return output
+            except RuntimeError:  # the general way knows what to do or say
                 pass
-            except RuntimeError:  # nothing is written yet; the general way knows what to do or say
-                if self.training:
-                    raise
         return self._normalize(input, None, False)
 
     def _scripted_forward(self, input: Tensor) -> Tensor:
@@ -99,36 +154,24 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     @torch.jit.unused
     def _normalize(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
         if type(input) is not Tensor and isinstance(input, Proxy):
-            # torch.fx keeps torch.nn's modules whole; be kept as well.
-            tracer = input.tracer
-            arguments = (input,) if residual is None else (input, residual)
-            path = tracer.path_of_module(self)
-            return tracer.create_proxy("call_module", path, arguments, {})
-        self._check_input_dim(input)
-        if (
-            residual is not None
-            and tracing_state() is None  # there shapes are tensors, and all goes to `compose`
-            and (residual.shape != input.shape or residual.dtype != input.dtype)
-        ):
-            output = self._normalize(input, None, False) + residual  # with its broadcasting
-            return output.relu() if relu else output
+            if getattr(input.tracer, "root", None) is not self:
+                return fx_leaf(self, input, residual)
+        else:
+            self._check_input_dim(input)
+            if (
+                residual is not None
+                and tracing_state() is None  # there shapes are tensors, and all goes to `compose`
+                and (residual.shape != input.shape or residual.dtype != input.dtype)
+            ):
+                return add_by_its_rules(
+                    lambda x: self._normalize(x, None, False), statistics(self)[:3],
+                    input, residual, relu,
+                )  # fmt: skip
         try:
-            # Without Module.__getattr__, which costs 0.4 us each.
-            parameters, buffers = self._parameters, self._buffers
-            weight, bias = parameters["weight"], parameters["bias"]
-            running_mean, running_var = buffers["running_mean"], buffers["running_var"]
-            num_batches_tracked = buffers["num_batches_tracked"]
-        except KeyError:
-            # Pruning and parametrisations compute a parameter where they took it away.
+            weight, bias = self._parameters["weight"], self._parameters["bias"]
+        except KeyError:  # pruning and parametrisations compute what they took away
             weight, bias = self.weight, self.bias
-            running_mean, running_var = self.running_mean, self.running_var
-            num_batches_tracked = self.num_batches_tracked
-        training = self.training
-        if not training:
-            num_batches_tracked = None
-            training = running_mean is None and running_var is None
-        elif not self.track_running_stats:
-            running_mean = running_var = num_batches_tracked = None
+        running_mean, running_var, num_batches_tracked, training = statistics(self)
         return normalize(
             input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
             training, self.momentum, self.eps, relu,
@@ -245,6 +288,7 @@ class _BatchNormAct(_BatchNorm):
         self.act = act
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Normalise a batch, add :attr:`residual` and apply the activation; see the class."""
         if is_scripting():
             return self._compose(input, residual, self.act is not None)
         else:  # noqa: RET505  (the script compiler leaves out an else, not what follows)

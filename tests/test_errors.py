@@ -22,7 +22,7 @@ def arguments(**changed: object) -> dict[str, object]:
 
 # name -> (changed arguments, words of the message)
 CASES: dict[str, tuple[dict[str, object], list[str]]] = {
-    "one value per channel": ({"input": torch.randn(1, 3)}, ["1 value per channel", "(1, 3)"]),
+    "one value per channel": ({"input": torch.randn(1, 3)}, ["1 value per channel", "[1, 3]"]),
     "one value per channel, 4-D": ({"input": torch.randn(1, 3, 1, 1)}, ["1 value per channel"]),
     "weight too long": ({"weight": torch.ones(4)}, ["weight", "3", "4"]),
     "weight too short": ({"weight": torch.ones(2)}, ["weight", "3", "2"]),
