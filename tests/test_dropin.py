@@ -4,6 +4,8 @@ import copy
 import inspect
 import io
 import pickle
+import subprocess
+import sys
 from itertools import product
 
 import pytest
@@ -320,3 +322,18 @@ def test_version_counters_of_buffers_are_torchs(training, device) -> None:
         module(x)
     for (name, a), (_, b) in zip(ours.named_buffers(), theirs.named_buffers(), strict=True):
         assert (a._version > 0) == (b._version > 0), name
+
+
+@pytest.mark.parametrize("name", ["introspect", "explain", "build_info", "Explanation"])
+def test_what_is_imported_late_is_there_from_the_start(name) -> None:
+    program = (
+        f"import bnext, types; assert {name!r} in dir(bnext); value = bnext.{name}; "
+        f"assert isinstance(value, types.ModuleType) == ({name!r} == 'introspect')"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("name", [n for n in bnext.__all__ if "BatchNorm" in n])
+def test_help_of_forward_is_our_own(name) -> None:
+    text = inspect.getdoc(getattr(bnext, name).forward)
+    assert text and text != inspect.getdoc(nn.Module().forward)

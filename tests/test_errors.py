@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -169,11 +170,123 @@ def test_one_running_statistic_alone_in_training(which, requires_grad) -> None:
         assert torch.equal(kwargs[other], before)
 
 
-def test_running_statistics_that_require_grad_are_refused_in_training() -> None:
-    stats = [torch.zeros(3, requires_grad=True), torch.ones(3, requires_grad=True)]
-    with pytest.raises(RuntimeError):
-        batch_norm(torch.randn(4, 3, requires_grad=True), *stats, training=True)
-    assert torch.equal(stats[0], torch.zeros(3))
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("input_grad", [True, False], ids=["input", ""])
+@pytest.mark.parametrize(
+    "names", [["running_mean"], ["running_var"], ["running_mean", "running_var"]]
+)
+def test_running_statistics_that_require_grad(names, input_grad, training) -> None:
+    outcomes = []
+    for function in (batch_norm, F.batch_norm):
+        kwargs = arguments(training=training)
+        kwargs["input"].requires_grad_(input_grad)
+        for name in names:
+            kwargs[name].requires_grad_()
+        outcomes.append(outcome(function, kwargs))
+        assert torch.equal(kwargs["running_mean"], torch.zeros(3))
+        with torch.no_grad():
+            assert outcome(function, kwargs) is None
+    assert type(outcomes[0]) is type(outcomes[1]) is RuntimeError
+    assert str(outcomes[0]) == str(outcomes[1])
+
+
+NUMBERS = {
+    "float": 0.25, "int": 1, "bool": True, "nan": float("nan"), "inf": float("inf"),
+    "numpy float32": np.float32(0.25), "numpy float64": np.float64(0.25),
+    "scalar tensor": torch.tensor(0.25), "integer tensor": torch.tensor(1),
+    "one-element tensor": torch.tensor([0.25]), "parameter": nn.Parameter(torch.tensor(0.25)),
+    "one-element parameter": nn.Parameter(torch.tensor([0.25])), "array": np.array([0.25]),
+    "0-d array": np.array(0.25), "text": "0.25", "complex": 1j, "None": None, "list": [0.25],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["", "no_grad"])
+@pytest.mark.parametrize("form", ["function", "module", "act"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", ["momentum", "eps"])
+@pytest.mark.parametrize("number", NUMBERS)
+def test_numbers_are_taken_and_refused_as_torch_does(number, name, training, form, grad) -> None:
+    x, value = torch.randn(4, 3, 5), NUMBERS[number]
+    results = []
+    for package in (bnext, nn):
+        mean, var = torch.zeros(3), torch.ones(3)
+        if form == "function":
+            function = batch_norm if package is bnext else F.batch_norm
+            weight = torch.ones(3, requires_grad=grad)
+            kwargs = {name: value, "weight": weight, "training": training}
+            error = outcome(lambda f=function, k=kwargs, m=mean, v=var: f(x, m, v, **k), {})
+        else:
+            act = form == "act" and package is bnext
+            module = (bnext.BatchNormAct1d if act else package.BatchNorm1d)(3).train(training)
+            setattr(module, name, value)
+            mean, var = module.running_mean, module.running_var
+            with torch.set_grad_enabled(grad):
+                error = outcome(module, {"input": x})
+            if error is not None and package is bnext:
+                assert int(module.num_batches_tracked) == 0
+        results.append((error, mean.clone(), var.clone()))
+    (ours, *state), (theirs, *expected) = results
+    assert type(ours) is type(theirs), (ours, theirs)
+    if isinstance(theirs, TypeError) and "argument" in str(theirs):
+        assert str(ours) == str(theirs)
+    torch.testing.assert_close(state, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("training", [None, 1, "yes", 0.0])
+def test_training_is_a_bool(training) -> None:
+    kwargs = arguments(training=training)
+    ours, theirs = (outcome(function, kwargs) for function in (batch_norm, F.batch_norm))
+    assert type(ours) is TypeError and str(ours) == str(theirs)
+    assert torch.equal(kwargs["running_mean"], torch.zeros(3))
+
+
+@pytest.mark.parametrize("value", [None, 1.0, [1.0, 2.0, 3.0], np.ones(3, np.float32), "x"])
+@pytest.mark.parametrize("name", ["input", "weight", "bias", "running_mean", "running_var"])
+def test_tensors_are_tensors(name, value) -> None:
+    kwargs = arguments(**{name: value})
+    if name.startswith("running") and value is None:
+        pytest.skip("one running statistic alone has a test of its own")
+    theirs, ours = (outcome(function, kwargs) for function in (F.batch_norm, batch_norm))
+    assert type(ours) is type(theirs) and str(ours) == str(theirs)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", ""])
+@pytest.mark.parametrize("without", ["nothing", "statistics", "running_mean", "affine"])
+@pytest.mark.parametrize("sizes", [3, 5, 0], ids="C={}".format)
+@pytest.mark.parametrize(
+    "shape", [(0, 3), (0, 3, 4), (2, 3, 0), (0, 3, 2, 2), (2, 0), (0,), (0, 0)]
+)
+def test_an_empty_input_is_as_torch_has_it(shape, sizes, without, grad, training) -> None:
+    """Whatever else the arguments are: nothing is read."""
+    results = []
+    for function in (batch_norm, F.batch_norm):
+        kwargs = {
+            "input": torch.randn(shape, requires_grad=grad), "training": training,
+            "running_mean": torch.zeros(sizes), "running_var": torch.ones(sizes),
+            "weight": torch.ones(sizes), "bias": torch.zeros(sizes),
+        }  # fmt: skip
+        for name in {
+            "statistics": ["running_mean", "running_var"],
+            "affine": ["weight", "bias"],
+        }.get(without, [without]):
+            kwargs[name] = None
+        kwargs.pop("nothing", None)
+        try:
+            y = function(**kwargs)
+        except Exception as error:
+            results.append(type(error))
+            continue
+        if grad:
+            y.sum().backward()
+            assert kwargs["input"].grad.shape == shape
+        results.append((y.shape, y.dtype, y.requires_grad, kwargs["running_mean"]))
+    if without == "running_mean" and training:  # refused by ours: torch sees it where there is data
+        assert results[0] is ValueError
+    elif results[1] is IndexError and results[0] is not IndexError:
+        assert results[0][0] == shape  # torch asks for weight[0] of no weights
+    else:
+        assert str(results[0]) == str(results[1])
 
 
 @pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var", "residual"])

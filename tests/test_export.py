@@ -71,6 +71,33 @@ def test_exported_program_is_saved_and_loaded(training, tmp_path) -> None:
     assert_close({k: state[k] for k in theirs.state_dict()}, theirs.state_dict())
 
 
+@pytest.mark.parametrize("strict", [True, False], ids=["strict", ""])
+def test_a_training_program_holds_atens_batch_norm(strict) -> None:
+    """For passes such as torchao's move_exported_model_to_eval, which look for that op."""
+    ours, theirs = nets(True)
+    program = torch.export.export(copy.deepcopy(ours), (data(),), strict=strict)
+    calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert calls.count("aten.batch_norm.default") == 2
+    assert not any("bnext" in call for call in calls)
+    module = program.module()
+    for node in module.graph.nodes:  # what such a pass does
+        if node.target == torch.ops.aten.batch_norm.default:
+            node.args = (*node.args[:5], False, *node.args[6:])
+    module.recompile()
+    x = data()
+    assert_close(module(x), theirs.eval()(x))
+
+
+def test_onnx_of_a_training_model() -> None:
+    for name in ("onnx", "onnxscript"):
+        pytest.importorskip(name)
+    for model in nets(True):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.onnx.export(model, (data(),), dynamo=True, verbose=False)
+        assert all(node.domain == "" for node in program.model.graph)
+
+
 def test_core_aten_decomposition_of_an_eval_model_holds_no_op_of_ours() -> None:
     ours, theirs = nets(False)
     program = torch.export.export(ours, (data(),)).run_decompositions()
