@@ -143,6 +143,11 @@ def batch_norm_act(
             and momentum is not None  # which only a module with a counter has a meaning for
         ):
             _ask_torch(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        if input.dim() < 2 and input.numel() == 0:  # torch passes it on, without channels as well
+            output = F.batch_norm(
+                input, running_mean, running_var, weight, bias, training, momentum, eps
+            )
+            return output.relu() if is_relu(act) else output
         return normalize(
             input, weight, bias, residual, running_mean, running_var, None,
             training, momentum, eps, is_relu(act),
@@ -291,6 +296,8 @@ def _detour(
         forward_ad._current_level >= 0
         or tracing_state() is not None
         or type(input) not in _NATIVE_TYPES
+        # Which takes the absence of an optional tensor for a change of it.
+        or (isinstance(input, FakeTensor) and input.fake_mode.propagate_real_tensors)
     ):
         return compose
     transformed = transforms_active()
@@ -298,12 +305,11 @@ def _detour(
         # In eval the compiler folds and fuses ATen's batch norm; in training ours is faster. What
         # is exported is for others, which only know ATen's.
         ours = training and not transformed and not torch.compiler.is_exporting()
-        return _traced if ours and input.dim() >= 2 else compose
+        return _traced if ours else compose
     if transformed:
         grad = torch._C._functorch.TransformType.Grad
         stack = torch._C._functorch.get_interpreter_stack() or []
-        ours = input.dim() >= 2 and all(level.key() == grad for level in stack)
-        return _traced if ours else compose
+        return _traced if all(level.key() == grad for level in stack) else compose
     return None
 
 
