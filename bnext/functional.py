@@ -18,6 +18,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.overrides import has_torch_function_variadic
+from torch.utils._python_dispatch import _detect_infra_mode
 
 from bnext._autograd import BatchNormFunction, apply, is_inference, traced_apply
 from bnext._ops import _C, DEVICES, EAGER
@@ -301,16 +302,25 @@ def _detour(
     ):
         return compose
     transformed = transforms_active()
-    if torch.compiler.is_compiling():
+    compiling, ahead_of_time = torch.compiler.is_compiling(), type(input) is FunctionalTensor
+    if compiling or ahead_of_time:
         # In eval the compiler folds and fuses ATen's batch norm; in training ours is faster. What
         # is exported is for others, which only know ATen's.
-        ours = training and not transformed and not torch.compiler.is_exporting()
-        return _traced if ours else compose
+        exporting = torch.compiler.is_exporting() or (ahead_of_time and _exports_ahead_of_time())
+        if not training or transformed or exporting:
+            return compose
+        return _traced if compiling else None
     if transformed:
         grad = torch._C._functorch.TransformType.Grad
         stack = torch._C._functorch.get_interpreter_stack() or []
         return _traced if all(level.key() == grad for level in stack) else compose
     return None
+
+
+def _exports_ahead_of_time() -> bool:
+    """Whether AOTAutograd exports, which `torch.compiler.is_exporting` does not say."""
+    mode = _detect_infra_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL)
+    return mode is not None and bool(mode.export)
 
 
 def _overrides(tensor: Any) -> bool:
