@@ -201,3 +201,17 @@ torch.library.register_fake("bnext::batch_norm_train", _fake_train)
 torch.library.register_fake("bnext::batch_norm_inference", _fake_inference)
 torch.library.register_fake("bnext::batch_norm_backward", _fake_backward)
 torch.library.register_fake("bnext::batch_norm_double_backward", _fake_double_backward)
+
+
+def _train_with_negative_bit(*args: Any) -> Any:
+    """The op where a tensor has the negative bit: torch's own fallback cannot write to one."""
+    resolved = [a.resolve_neg() if isinstance(a, Tensor) else a for a in args]
+    outputs = TRACED.train(*resolved)
+    for buffer, new in zip(args[4:7], resolved[4:7], strict=True):
+        if buffer is not None and buffer.is_neg():
+            buffer.copy_(new)
+    return outputs
+
+
+_library = torch.library.Library("bnext", "IMPL")
+_library.impl("batch_norm_train", _train_with_negative_bit, "Negative")
