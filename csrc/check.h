@@ -275,8 +275,8 @@ inline void check_per_channel(const char* name, const Tensor& t, const Input& x)
   const std::optional<DType> dtype = find_dtype(t);
   const bool half = element_size(input) == 2;
   BNEXT_CHECK(dtype == input || (half && dtype == DType::kFloat32), name, ": expected scalar type ",
-              type_name(x.tensor), half ? " or Float" : "", " but found ", type_name(t),
-              " (torch: mixed dtype (CPU): expect parameter to have scalar type of Float)");
+              type_name(x.tensor), " but found ", type_name(t), " (", half ? "or Float; " : "",
+              "torch: mixed dtype (CPU): expect parameter to have scalar type of Float)");
 }
 
 inline ParamIn param_in(const Tensor& t, const Input& x) {

@@ -106,9 +106,9 @@ def problem(x: Tensor, stage: str, **fields) -> Problem:
         STAGES.index(stage), n, c, math.prod(x.shape[2:]), is_channels_last(x),
         DTYPES.index(x.dtype), False, False, False, True, True, 16,
     )  # fmt: skip
+    fields.setdefault("has_mask", fields.get("relu", False) and fields.get("residual", False))
     for name, value in fields.items():
         setattr(p, name, value)
-    p.has_mask = p.relu and p.residual
     return p
 
 
