@@ -16,6 +16,10 @@ def plan(
     relu: bool,
     residual: bool,
     device: DeviceInfo,
+    need_input: bool = True,
+    need_params: bool = True,
+    save_mask: bool = True,
+    need_residual: bool = True,
 ) -> Plan: ...
 def plan_cuda(
     n: int,
@@ -31,6 +35,7 @@ def plan_cuda(
     need_params: bool = True,
     save_mask: bool = True,
     alignment: int = 16,
+    need_residual: bool = True,
 ) -> CudaPlan: ...
 
 class DeviceInfo:

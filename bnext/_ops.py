@@ -3,12 +3,10 @@
 Imports the compiled part (which registers ``torch.ops.bnext``) and nothing else of bnext.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 try:
     from bnext import _C
@@ -18,6 +16,20 @@ except ImportError as error:
         "installed: run `pip install .` (`pip install -e .` to develop) in a checkout of bnext, "
         f"with this Python and torch >= 2.11 in its environment (found torch {torch.__version__})."
     ) from error
+
+from bnext._check import (
+    Input,
+    check_any_statistics,
+    check_counter,
+    check_input,
+    check_like_input,
+    check_mask,
+    check_param,
+    check_save_stats,
+    check_statistic,
+    dense_strides,
+    fail,
+)
 
 __all__ = ["DEVICES", "DOUBLE_BACKWARD_DEVICES", "EAGER", "TRACED", "_C"]
 
@@ -52,32 +64,15 @@ DEVICES = _devices("batch_norm_train") | {"meta"}
 DOUBLE_BACKWARD_DEVICES = _devices("batch_norm_double_backward")
 
 
-def _check_devices(input: Tensor, *others: Tensor | None) -> None:
-    """One meta tensor among others is enough to end up here."""
-    for other in others:
-        if other is not None and other.device != input.device:
-            raise RuntimeError(
-                f"bnext: expected all tensors on one device, but input is on {input.device} and "
-                f"another on {other.device}"
-            )
+def _output(x: Input) -> Tensor:
+    return x.tensor.new_empty_strided(
+        x.tensor.shape, dense_strides(x.tensor.shape, x.channels_last)
+    )
 
 
-def _dense_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=suggest_memory_format(tensor))
-
-
-def _relu_mask_like(input: Tensor, relu: bool, residual: Tensor | None) -> Tensor:
-    """One bit per element, every row of the dense memory padded to whole bytes."""
-    if not relu or residual is None:
-        return input.new_empty(0, dtype=torch.uint8)
-    n, c, spatial = input.shape[0], input.shape[1], math.prod(input.shape[2:])
-    if c == 1:
-        rows, width = 1, n * spatial
-    elif spatial == 1 or suggest_memory_format(input) is not torch.contiguous_format:
-        rows, width = n * spatial, c
-    else:
-        rows, width = n * c, spatial
-    return input.new_empty((rows, (width + 7) // 8), dtype=torch.uint8)
+def _mask(x: Input, relu: bool, residual: Tensor | None) -> Tensor:
+    shape = x.mask_shape if relu and residual is not None else (0,)
+    return x.tensor.new_empty(shape, dtype=torch.uint8)
 
 
 # An output that a call does not have is undefined in C++ and None here; the schema says Tensor.
@@ -94,10 +89,16 @@ def _fake_train(
     relu: bool,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    _check_devices(input, weight, bias, residual, running_mean, running_var, num_batches_tracked)
-    save_stats = input.new_empty((2, input.shape[1]), dtype=torch.float64)
-    mask = _relu_mask_like(input, relu, residual) if save_mask else None
-    return _dense_like(input), save_stats, mask
+    x = check_input(input)
+    check_param("weight", weight, x)
+    check_param("bias", bias, x)
+    check_statistic("running_mean", running_mean, x)
+    check_statistic("running_var", running_var, x)
+    check_counter(num_batches_tracked, x)
+    if residual is not None:
+        check_like_input("residual", residual, x)
+    save_stats = input.new_empty((2, x.channels), dtype=torch.float64)
+    return _output(x), save_stats, _mask(x, relu, residual) if save_mask else None
 
 
 def _fake_inference(
@@ -105,14 +106,20 @@ def _fake_inference(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     eps: float,
     relu: bool,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    _check_devices(input, weight, bias, residual, running_mean, running_var)
-    return _dense_like(input), _relu_mask_like(input, relu, residual) if save_mask else None
+    x = check_input(input)
+    check_param("weight", weight, x)
+    check_param("bias", bias, x)
+    check_statistic("running_mean", running_mean, x, evaluates=True)
+    check_statistic("running_var", running_var, x, evaluates=True)
+    if residual is not None:
+        check_like_input("residual", residual, x)
+    return _output(x), _mask(x, relu, residual) if save_mask else None
 
 
 def _fake_backward(
@@ -131,13 +138,25 @@ def _fake_backward(
     need_bias: bool,
     need_residual: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    _check_devices(input, grad_out, weight, bias, relu_mask, save_stats, running_mean, running_var)
-    param = weight if weight is not None else bias if bias is not None else input
+    x = check_input(input)
+    check_like_input("grad_out", grad_out, x)
+    check_param("weight", weight, x)
+    check_param("bias", bias, x)
+    check_mask(relu_mask, x)
+    check_save_stats(save_stats, x)
+    check_any_statistics(save_stats, running_mean, running_var, x)
+    check_statistic("running_mean", running_mean, x)
+    check_statistic("running_var", running_var, x)
+    shift = bias if bias is not None else weight
+    if (need_weight and weight is None) or (need_bias and shift is None):
+        fail("weight, bias: expected where their gradients are asked for")
+    if need_residual and relu_mask is None:
+        fail("relu_mask: expected where the residual's gradient is asked for")
     return (
-        _dense_like(input) if need_input else None,
-        param.new_empty(input.shape[1]) if need_weight else None,
-        param.new_empty(input.shape[1]) if need_bias else None,
-        _dense_like(input) if need_residual else None,
+        _output(x) if need_input else None,
+        weight.new_empty(weight.shape) if need_weight and weight is not None else None,
+        shift.new_empty(shift.shape) if need_bias and shift is not None else None,
+        _output(x) if need_residual else None,
     )
 
 
@@ -160,12 +179,26 @@ def _fake_double_backward(
     need_input: bool,
     need_weight: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    _check_devices(input, grad_grad_input, grad_grad_weight, grad_grad_bias, grad_grad_residual)
-    _check_devices(input, grad_out, weight, bias, relu_mask, save_stats, running_mean, running_var)
+    x = check_input(input)
+    check_like_input("grad_grad_input", grad_grad_input, x)
+    check_like_input("grad_out", grad_out, x)
+    if grad_grad_residual is not None:
+        check_like_input("grad_grad_residual", grad_grad_residual, x)
+    check_save_stats(save_stats, x)
+    check_statistic("running_mean", running_mean, x)
+    check_statistic("running_var", running_var, x)
+    check_param("weight", weight, x)
+    check_param("bias", bias, x)
+    check_param("grad_grad_weight", grad_grad_weight, x)
+    check_param("grad_grad_bias", grad_grad_bias, x)
+    check_any_statistics(save_stats, running_mean, running_var, x)
+    if need_weight and weight is None:
+        fail("weight: expected where its gradient is asked for")
+    check_mask(relu_mask, x)
     return (
-        _dense_like(input) if need_grad_out else None,
-        _dense_like(input) if need_input else None,
-        weight.new_empty(input.shape[1]) if need_weight and weight is not None else None,
+        _output(x) if need_grad_out else None,
+        _output(x) if need_input else None,
+        weight.new_empty(weight.shape) if need_weight and weight is not None else None,
     )
 
 
@@ -175,17 +208,15 @@ torch.library.register_fake("bnext::batch_norm_backward", _fake_backward)
 torch.library.register_fake("bnext::batch_norm_double_backward", _fake_double_backward)
 
 
-def _resolve_negative(*args: Any) -> Any:
-    """`batch_norm_train` where the negative bit of a tensor is set (``z.conj().imag``).
-
-    The dispatcher's own way resolves a copy, and loses what the op changes there.
-    """
-    plain = [arg.resolve_neg() if isinstance(arg, Tensor) else arg for arg in args]
-    outputs = TRACED.train(*plain)
-    for arg, changed in zip(args[4:7], plain[4:7], strict=True):
-        if arg is not changed:
-            arg.copy_(changed)
+def _train_with_negative_bit(*args: Any) -> Any:
+    """The op where a tensor has the negative bit: torch's own fallback cannot write to one."""
+    resolved = [a.resolve_neg() if isinstance(a, Tensor) else a for a in args]
+    outputs = TRACED.train(*resolved)
+    for buffer, new in zip(args[4:7], resolved[4:7], strict=True):
+        if buffer is not None and buffer.is_neg():
+            buffer.copy_(new)
     return outputs
 
 
-torch.library.impl("bnext::batch_norm_train", "Negative")(_resolve_negative)
+_library = torch.library.Library("bnext", "IMPL")
+_library.impl("batch_norm_train", _train_with_negative_bit, "Negative")

@@ -28,9 +28,9 @@ struct Problem {
   bool channels_last;
   DType dtype;    // input, output, residual and their gradients
   bool relu;      // y = relu(bn(x) + residual)
-  bool residual;  // a residual is added; backward: its gradient is asked for
+  bool residual;  // forward: it is read; backward: its gradient is written
+  bool has_mask;  // of the ReLU's signs; forward: it is written; backward: it is read
   bool need_input = true, need_params = true;  // backward: dx; any of dweight, dbias
-  bool save_mask = true;                       // forward: for a backward to come
   int alignment = 16;                          // bytes that all tensors' addresses share
 
   constexpr int64_t numel() const { return n * c * hw; }
@@ -39,7 +39,6 @@ struct Problem {
   // The 1-bit ReLU mask: rows of memory, each padded to whole bytes.
   constexpr int64_t mask_rows() const { return channels_last ? n * hw : n * c; }
   constexpr int64_t mask_row_bytes() const { return ((channels_last ? c : hw) + 7) / 8; }
-  constexpr bool masked() const { return relu && residual && save_mask; }
   // Whether elements are written, and not only sums.
   constexpr bool applies() const { return !is_backward(stage) || need_input || residual; }
 
@@ -50,7 +49,7 @@ struct Problem {
   }
   constexpr int64_t bytes_floor() const {
     return bytes_read() + (need_input ? bytes() : 0) + (residual ? bytes() : 0) +
-           (masked() ? mask_rows() * mask_row_bytes() : 0);
+           (has_mask ? mask_rows() * mask_row_bytes() : 0);
   }
 
   bool operator==(const Problem&) const = default;
@@ -92,7 +91,8 @@ struct ForwardArgs {
   ParamOut running_mean, running_var;  // training: updated, where given
   int64_t* num_batches_tracked;        // null: none
   double* save_stats;                  // [2, C]: mean, then 1 / sqrt(var + eps)
-  double momentum;                     // NaN: cumulative average
+  double momentum;
+  bool cumulative;  // the average of all batches counted, whatever the momentum
   double eps;
 };
 

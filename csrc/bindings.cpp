@@ -48,26 +48,33 @@ Isa parse_isa(const std::string& name) {
                     {{"default", Isa::kDefault}, {"avx2", Isa::kAvx2}, {"avx512", Isa::kAvx512}});
 }
 
+// `residual`: the forward adds one, and saves a mask unless no backward is to come.
 Problem make_problem(int64_t n, int64_t c, int64_t hw, bool channels_last, const std::string& dtype,
-                     const std::string& stage, bool relu, bool residual) {
+                     const std::string& stage, bool relu, bool residual, bool need_input,
+                     bool need_params, bool save_mask, bool need_residual) {
   if (n < 1 || c < 1 || hw < 1) throw py::value_error("n, c, hw: expected at least 1");
-  return canonical(
-      {parse_stage(stage), n, c, hw, channels_last, parse_dtype(dtype), relu, residual});
+  const Stage parsed = parse_stage(stage);
+  const bool backward = is_backward(parsed);
+  return canonical({parsed, n, c, hw, channels_last, parse_dtype(dtype), relu,
+                    residual && (need_residual || !backward),
+                    relu && residual && (save_mask || backward), need_input || !backward,
+                    need_params || !backward});
 }
 
 CpuPlan plan(int64_t n, int64_t c, int64_t hw, bool channels_last, const std::string& dtype,
-             const std::string& stage, bool relu, bool residual, const CpuInfo& device) {
-  return plan_cpu(make_problem(n, c, hw, channels_last, dtype, stage, relu, residual), device);
+             const std::string& stage, bool relu, bool residual, const CpuInfo& device,
+             bool need_input, bool need_params, bool save_mask, bool need_residual) {
+  return plan_cpu(make_problem(n, c, hw, channels_last, dtype, stage, relu, residual, need_input,
+                               need_params, save_mask, need_residual),
+                  device);
 }
 
 CudaPlan plan_on_cuda(int64_t n, int64_t c, int64_t hw, bool channels_last,
                       const std::string& dtype, const std::string& stage, bool relu, bool residual,
                       const CudaInfo& device, bool need_input, bool need_params, bool save_mask,
-                      int alignment) {
-  Problem problem = make_problem(n, c, hw, channels_last, dtype, stage, relu, residual);
-  problem.need_input = need_input;
-  problem.need_params = need_params;
-  problem.save_mask = save_mask;
+                      int alignment, bool need_residual) {
+  Problem problem = make_problem(n, c, hw, channels_last, dtype, stage, relu, residual, need_input,
+                                 need_params, save_mask, need_residual);
   problem.alignment = alignment;
   return plan_cuda(problem, device, cuda_choice_of_environment());
 }
@@ -118,8 +125,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_device_info", &cpu_info, py::arg("threads"));
   m.def("cuda_device_info", &cuda_device_info, py::arg("device"));
   m.def("plan", &plan, py::arg("n"), py::arg("c"), py::arg("hw"), py::arg("channels_last"),
-        py::arg("dtype"), py::arg("stage"), py::arg("relu"), py::arg("residual"),
-        py::arg("device"));
+        py::arg("dtype"), py::arg("stage"), py::arg("relu"), py::arg("residual"), py::arg("device"),
+        py::arg("need_input") = true, py::arg("need_params") = true, py::arg("save_mask") = true,
+        py::arg("need_residual") = true);
 
   py::class_<CpuInfo>(m, "DeviceInfo")
       .def(py::init([](const std::string& isa, int threads, int64_t l1, int64_t l2, int64_t l3) {
@@ -159,7 +167,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan_cuda", &plan_on_cuda, py::arg("n"), py::arg("c"), py::arg("hw"),
         py::arg("channels_last"), py::arg("dtype"), py::arg("stage"), py::arg("relu"),
         py::arg("residual"), py::arg("device"), py::arg("need_input") = true,
-        py::arg("need_params") = true, py::arg("save_mask") = true, py::arg("alignment") = 16);
+        py::arg("need_params") = true, py::arg("save_mask") = true, py::arg("alignment") = 16,
+        py::arg("need_residual") = true);
 
   py::class_<CudaInfo>(m, "CudaInfo")
       .def(py::init(&make_cuda_info), py::arg("capability"), py::arg("sms"),

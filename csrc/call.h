@@ -2,12 +2,11 @@
 // LibTorch stable ABI.
 //
 // A backend has
-//   allocate_output(input, channels_last)  uninitialised memory for an output of the input's shape
-//   run(problem, args, input)              forward or backward, on the input's device
+//   allocate_output(input)                 uninitialised memory for an output of the input's shape
+//   run(args, input)                       forward or backward, on the input's device
 //   count(num_batches_tracked, input)      adds 1 where that memory is
 #pragma once
 
-#include <limits>
 #include <tuple>
 
 #include "check.h"
@@ -21,67 +20,68 @@ struct Ops {
       const OptionalTensor& residual, const OptionalTensor& running_mean,
       const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
       std::optional<double> momentum, double eps, bool relu, bool save_mask) {
-    auto [x, channels_last, problem] =
-        check_input(input, Stage::kTrainForward, relu, residual.has_value());
-    problem.save_mask = save_mask;
+    Input x = check_input(input, Stage::kTrainForward, relu);
+    x.problem.residual = residual.has_value();
+    x.problem.has_mask = relu && residual && save_mask;
     ForwardArgs args{};
-    args.weight = check_param_in("weight", weight, x);
-    args.bias = check_param_in("bias", bias, x);
-    if (running_mean) check_param("running_mean", *running_mean, x);
-    if (running_var) check_param("running_var", *running_var, x);
+    args.weight = check_param("weight", weight, x);
+    args.bias = check_param("bias", bias, x);
+    if (running_mean) check_statistic("running_mean", *running_mean, x);
+    if (running_var) check_statistic("running_var", *running_var, x);
     check_counter(num_batches_tracked, x);
     const OptionalTensor z =
-        residual ? OptionalTensor(check_like_input("residual", *residual, x, channels_last))
-                 : std::nullopt;
+        residual ? OptionalTensor(check_like_input("residual", *residual, x)) : std::nullopt;
 
-    Tensor output = Backend::allocate_output(x, channels_last);
+    Tensor output = Backend::allocate_output(x);
     Tensor save_stats = allocate_save_stats(x);
-    Tensor mask = save_mask ? allocate_mask(x, problem) : Tensor();
-    args.input = x.const_data_ptr();
+    Tensor mask = save_mask ? allocate_mask(x) : Tensor();
+    args.input = x.tensor.const_data_ptr();
     args.residual = z ? z->const_data_ptr() : nullptr;
     args.output = output.mutable_data_ptr();
-    args.relu_mask = problem.masked() ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
+    args.relu_mask = x.problem.has_mask ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
     args.save_stats = static_cast<double*>(save_stats.mutable_data_ptr());
-    args.momentum = momentum.value_or(std::numeric_limits<double>::quiet_NaN());
+    args.momentum = momentum.value_or(0);
+    args.cumulative = !momentum;
     args.eps = eps;
     args.num_batches_tracked = num_batches_tracked
                                    ? static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr())
                                    : nullptr;
-    if (problem.numel() == 0) {  // as torch: counted, but nothing to learn from
+    if (x.empty()) {  // as torch: counted, but nothing to learn from
       torch::stable::zero_(save_stats);
       if (args.num_batches_tracked) Backend::count(args.num_batches_tracked, x);
       return {output, save_stats, mask};
     }
-    args.running_mean = mutable_param(running_mean);
-    args.running_var = mutable_param(running_var);
-    Backend::run(problem, args, x);
+    args.running_mean = param_out(running_mean);
+    args.running_var = param_out(running_var);
+    Backend::run(args, x);
     return {output, save_stats, mask};
   }
 
   static std::tuple<Tensor, Tensor> batch_norm_inference(
       const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-      const OptionalTensor& residual, const Tensor& running_mean, const Tensor& running_var,
-      double eps, bool relu, bool save_mask) {
-    auto [x, channels_last, problem] =
-        check_input(input, Stage::kEvalForward, relu, residual.has_value());
-    problem.save_mask = save_mask;
+      const OptionalTensor& residual, const OptionalTensor& running_mean,
+      const OptionalTensor& running_var, double eps, bool relu, bool save_mask) {
+    Input x = check_input(input, Stage::kEvalForward, relu);
+    x.problem.residual = residual.has_value();
+    x.problem.has_mask = relu && residual && save_mask;
     ForwardArgs args{};
-    args.weight = check_param_in("weight", weight, x);
-    args.bias = check_param_in("bias", bias, x);
-    args.frozen_mean = check_param_in("running_mean", running_mean, x);
-    args.frozen_var = check_param_in("running_var", running_var, x);
+    args.weight = check_param("weight", weight, x);
+    args.bias = check_param("bias", bias, x);
+    BNEXT_CHECK(running_mean || x.empty(), "running_mean must be defined in evaluation mode");
+    args.frozen_mean = check_frozen_statistic("running_mean", running_mean, x);
+    BNEXT_CHECK(running_var || x.empty(), "running_var must be defined in evaluation mode");
+    args.frozen_var = check_frozen_statistic("running_var", running_var, x);
     const OptionalTensor z =
-        residual ? OptionalTensor(check_like_input("residual", *residual, x, channels_last))
-                 : std::nullopt;
+        residual ? OptionalTensor(check_like_input("residual", *residual, x)) : std::nullopt;
 
-    Tensor output = Backend::allocate_output(x, channels_last);
-    Tensor mask = save_mask ? allocate_mask(x, problem) : Tensor();
-    args.input = x.const_data_ptr();
+    Tensor output = Backend::allocate_output(x);
+    Tensor mask = save_mask ? allocate_mask(x) : Tensor();
+    args.input = x.tensor.const_data_ptr();
     args.residual = z ? z->const_data_ptr() : nullptr;
     args.output = output.mutable_data_ptr();
-    args.relu_mask = problem.masked() ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
+    args.relu_mask = x.problem.has_mask ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
     args.eps = eps;
-    if (problem.numel() > 0) Backend::run(problem, args, x);
+    if (!x.empty()) Backend::run(args, x);
     return {output, mask};
   }
 
@@ -90,44 +90,45 @@ struct Ops {
       const OptionalTensor& bias, const OptionalTensor& relu_mask, const OptionalTensor& save_stats,
       const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps, bool relu,
       bool need_input, bool need_weight, bool need_bias, bool need_residual) {
-    const Stage stage = save_stats ? Stage::kTrainBackward : Stage::kEvalBackward;
-    auto [x, channels_last, problem] = check_input(input, stage, relu, relu_mask.has_value());
-    problem.need_input = need_input;
-    problem.need_params = need_weight || need_bias;
-    const Tensor dy = check_like_input("grad_out", grad_out, x, channels_last);
+    Input x = check_input(input, save_stats ? Stage::kTrainBackward : Stage::kEvalBackward, relu);
+    x.problem.residual = need_residual;
+    x.problem.has_mask = relu && relu_mask;
+    x.problem.need_input = need_input;
+    x.problem.need_params = need_weight || need_bias;
+    const Tensor dy = check_like_input("grad_out", grad_out, x);
     BackwardArgs args{};
-    args.weight = check_param_in("weight", weight, x);
-    args.bias = check_param_in("bias", bias, x);
-    args.relu_mask = check_mask(relu_mask, x, problem);
+    args.weight = check_param("weight", weight, x);
+    args.bias = check_param("bias", bias, x);
+    args.relu_mask = check_mask(relu_mask, x);
     args.save_stats = check_save_stats(save_stats, x);
-    BNEXT_CHECK(save_stats || (running_mean && running_var),
-                "save_stats: expected it, or both running_mean and running_var, got neither");
-    args.running_mean = check_param_in("running_mean", running_mean, x);
-    args.running_var = check_param_in("running_var", running_var, x);
+    check_any_statistics(save_stats.has_value(), running_mean && running_var, x);
+    args.running_mean = check_frozen_statistic("running_mean", running_mean, x);
+    args.running_var = check_frozen_statistic("running_var", running_var, x);
     BNEXT_CHECK((weight || !need_weight) && (bias || weight || !need_bias),
                 "weight, bias: expected where their gradients are asked for");
     BNEXT_CHECK(!need_residual || relu_mask,
                 "relu_mask: expected where the residual's gradient is asked for");
 
-    const auto output = [&, last = channels_last](bool needed) {
-      return needed ? Backend::allocate_output(x, last) : Tensor();
+    const auto output = [&](bool needed) {
+      return needed ? Backend::allocate_output(x) : Tensor();
     };
     Tensor grad_input = output(need_input), grad_residual = output(need_residual);
     OptionalTensor grad_weight, grad_bias;
-    if (need_weight) grad_weight = allocate_param(*weight);
-    if (need_bias) grad_bias = allocate_param(bias ? *bias : *weight);  // the value is not needed
-    args.grad_out = dy.const_data_ptr();
-    args.input = x.const_data_ptr();
-    args.grad_input = need_input ? grad_input.mutable_data_ptr() : nullptr;
-    args.grad_residual = need_residual ? grad_residual.mutable_data_ptr() : nullptr;
-    args.grad_weight = mutable_param(grad_weight);
-    args.grad_bias = mutable_param(grad_bias);
-    args.eps = eps;
-    if (problem.numel() > 0)
-      Backend::run(problem, args, x);
-    else
+    if (need_weight) grad_weight = allocate_grad(*weight, x);
+    if (need_bias) grad_bias = allocate_grad(bias ? *bias : *weight, x);  // no value is needed
+    if (x.empty()) {
       for (OptionalTensor* grad : {&grad_weight, &grad_bias})
         if (*grad) torch::stable::zero_(**grad);
+    } else {
+      args.grad_out = dy.const_data_ptr();
+      args.input = x.tensor.const_data_ptr();
+      args.grad_input = need_input ? grad_input.mutable_data_ptr() : nullptr;
+      args.grad_residual = need_residual ? grad_residual.mutable_data_ptr() : nullptr;
+      args.grad_weight = param_out(grad_weight);
+      args.grad_bias = param_out(grad_bias);
+      args.eps = eps;
+      Backend::run(args, x);
+    }
     return {grad_input, grad_weight.value_or(Tensor()), grad_bias.value_or(Tensor()),
             grad_residual};
   }

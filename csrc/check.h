@@ -1,12 +1,16 @@
 // From tensors to a Problem: every validation of an op's arguments and its message, the recognition
-// of memory formats, and allocation. Nothing is written before the last check has passed. Includes
-// the LibTorch stable ABI; used by the op files of every backend.
+// of memory formats, and allocation. Nothing is written before the last check has passed. Where
+// torch's batch norm refuses an argument too, its sentence stands in the message. Includes the
+// LibTorch stable ABI; used by the op files of every backend. bnext/_check.py is its twin for
+// tensors without memory.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/DeviceType.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -26,9 +30,11 @@ using OptionalTensor = std::optional<Tensor>;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
 // As STD_TORCH_CHECK, without the path of this file in the user's message.
-#define BNEXT_CHECK(condition, ...) \
-  if (!(condition)) [[unlikely]]    \
-  ::bnext::fail("bnext: ", __VA_ARGS__)
+#define BNEXT_CHECK(condition, ...)          \
+  do {                                       \
+    if (!(condition)) [[unlikely]]           \
+      ::bnext::fail("bnext: ", __VA_ARGS__); \
+  } while (0)
 
 template <class... Parts>
 [[noreturn]] inline void fail(const Parts&... parts) {
@@ -50,59 +56,54 @@ inline std::string shape_string(const Tensor& t) {
   return s + "]";
 }
 
-inline const char* dtype_name(ScalarType t) {
-  switch (t) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Half:
-      return "float16";
-    case ScalarType::Long:
-      return "int64";
-    case ScalarType::Int:
-      return "int32";
-    case ScalarType::Byte:
-      return "uint8";
-    case ScalarType::Bool:
-      return "bool";
-    case ScalarType::ComplexFloat:
-      return "complex64";
-    case ScalarType::ComplexDouble:
-      return "complex128";
-    default:
-      return "another dtype";
-  }
-}
-
-inline DType check_dtype(const char* name, const Tensor& t) {
-  static const int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64(),
-                       bf16 = aoti_torch_dtype_bfloat16(), f16 = aoti_torch_dtype_float16();
+inline int32_t dtype_code(const Tensor& t) {
   int32_t code;
   BNEXT_SHIM(aoti_torch_get_dtype(t.get(), &code));
+  return code;
+}
+
+// A dtype's name in torch's messages: Float, Long, ...
+inline const char* type_name(const Tensor& t) {
+  return torch::headeronly::toString(t.scalar_type());
+}
+
+inline std::optional<DType> find_dtype(const Tensor& t) {
+  static const int32_t f32 = aoti_torch_dtype_float32(), f64 = aoti_torch_dtype_float64(),
+                       bf16 = aoti_torch_dtype_bfloat16(), f16 = aoti_torch_dtype_float16();
+  const int32_t code = dtype_code(t);
   if (code == f32) return DType::kFloat32;
   if (code == bf16) return DType::kBFloat16;
   if (code == f16) return DType::kFloat16;
   if (code == f64) return DType::kFloat64;
-  BNEXT_CHECK(false, name, ": expected float32, float64, bfloat16 or float16, got ",
-              dtype_name(t.scalar_type()));
+  return std::nullopt;
 }
 
-inline void check_device(const char* name, const Tensor& t, const Tensor& input) {
-  int32_t type, input_type;
-  BNEXT_SHIM(aoti_torch_get_device_type(t.get(), &type));
-  BNEXT_SHIM(aoti_torch_get_device_type(input.get(), &input_type));
-  BNEXT_CHECK(type == input_type && t.get_device_index() == input.get_device_index(), name,
-              ": expected to be on the same device as input, but it is on another");
+struct Device {
+  int32_t type, index;
+
+  bool operator==(const Device&) const = default;
+};
+
+inline Device device_of(const Tensor& t) {
+  Device device;
+  BNEXT_SHIM(aoti_torch_get_device_type(t.get(), &device.type));
+  BNEXT_SHIM(aoti_torch_get_device_index(t.get(), &device.index));
+  return device;
+}
+
+inline std::string to_string(const Device& device) {
+  using torch::headeronly::DeviceType;
+  const auto type = static_cast<DeviceType>(device.type);
+  const std::string name = type == DeviceType::CPU    ? "cpu"
+                           : type == DeviceType::CUDA ? "cuda"
+                           : type == DeviceType::Meta ? "meta"
+                                                      : "device " + std::to_string(device.type);
+  return device.index < 0 ? name : name + ":" + std::to_string(device.index);
 }
 
 // torch's suggest_memory_format for 4-d and 5-d tensors: channels last iff strides fall in the
 // order C, W, H, (D,) N; ambiguous strides are contiguous. (c10/core/MemoryFormat.h)
 inline bool suggests_channels_last(const Tensor& t) {
-  const int64_t dim = t.dim();
-  if (dim != 4 && dim != 5) return false;
   const auto sizes = t.sizes(), strides = t.strides();
   if (strides[1] == 0) return false;
   int64_t min = 0;
@@ -112,7 +113,7 @@ inline bool suggests_channels_last(const Tensor& t) {
     return true;
   };
   if (!falls(1)) return false;
-  for (int64_t d = dim - 1; d >= 2; --d)
+  for (int64_t d = t.dim() - 1; d >= 2; --d)
     if (!falls(d)) return false;
   return falls(0);
 }
@@ -127,151 +128,231 @@ inline void for_each_dense_stride(const Tensor& t, bool channels_last, const F& 
     stride *= sizes[d] > 1 ? sizes[d] : 1;
   };
   if (channels_last) place(1);
-  for (int64_t d = t.dim() - 1; d >= 0; --d)
+  for (int64_t d = static_cast<int64_t>(sizes.size()) - 1; d >= 0; --d)
     if (!(channels_last && d == 1)) place(d);
+}
+
+inline bool is_dense(const Tensor& t, bool channels_last) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  bool dense = true;
+  for_each_dense_stride(t, channels_last, [&](int64_t d, int64_t stride) {
+    dense &= sizes[d] == 1 || strides[d] == stride;
+  });
+  return dense;
+}
+
+// The format of the outputs for a tensor that is not dense and contiguous: as torch's batch norm,
+// the one in which it is dense, else the one that its strides suggest.
+inline bool is_channels_last(const Tensor& t) {
+  const int64_t dim = t.dim();
+  return (dim == 4 || dim == 5) && (is_dense(t, true) || suggests_channels_last(t));
 }
 
 // t itself where it is dense in the format already, else a copy.
 inline Tensor as_dense(const Tensor& t, bool channels_last) {
-  const auto sizes = t.sizes(), strides = t.strides();
-  bool is_dense = true;
-  for_each_dense_stride(t, channels_last, [&](int64_t d, int64_t stride) {
-    is_dense &= sizes[d] == 1 || strides[d] == stride;
-  });
-  if (is_dense) return t;
+  if (is_dense(t, channels_last)) return t;
   const auto format = !channels_last ? MemoryFormat::Contiguous
                       : t.dim() == 4 ? MemoryFormat::ChannelsLast
                                      : MemoryFormat::ChannelsLast3d;
   return torch::stable::contiguous(t, format);
 }
 
-// Uninitialised memory on t's device; dtype is an aoti_torch_dtype_*() code.
-inline Tensor allocate(const Tensor& t, Sizes sizes, Sizes strides, int32_t dtype) {
-  int32_t device_type, device_index;
+// The input of an op and the problem it poses.
+struct Input {
+  Tensor tensor;  // dense
+  Device device;
+  Problem problem;
+  // The tensors' memory format; the problem's may differ where both describe the same memory.
+  bool channels_last;
+
+  bool empty() const { return problem.numel() == 0; }
+};
+
+// Uninitialised memory where the input is; dtype is an aoti_torch_dtype_*() code.
+inline Tensor allocate(const Device& device, Sizes sizes, Sizes strides, int32_t dtype) {
   AtenTensorHandle handle;
-  BNEXT_SHIM(aoti_torch_get_device_type(t.get(), &device_type));
-  BNEXT_SHIM(aoti_torch_get_device_index(t.get(), &device_index));
   BNEXT_SHIM(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                      strides.data(), dtype, device_type, device_index, &handle));
+                                      strides.data(), dtype, device.type, device.index, &handle));
   return Tensor(handle);
 }
 
-inline int32_t dtype_code(const Tensor& t) {
-  int32_t code;
-  BNEXT_SHIM(aoti_torch_get_dtype(t.get(), &code));
-  return code;
-}
-
-inline Tensor allocate_like(const Tensor& t, bool channels_last) {
-  std::vector<int64_t> strides(static_cast<size_t>(t.dim()));
+inline Tensor allocate_like(const Tensor& t, const Device& device, bool channels_last) {
+  std::vector<int64_t> strides(t.sizes().size());
   for_each_dense_stride(t, channels_last, [&](int64_t d, int64_t stride) { strides[d] = stride; });
-  return allocate(t, t.sizes(), strides, dtype_code(t));
+  return allocate(device, t.sizes(), strides, dtype_code(t));
 }
 
-// One value per channel, in param's dtype.
-inline Tensor allocate_param(const Tensor& param) {
-  return allocate(param, {param.sizes()[0]}, {1}, dtype_code(param));
+inline Tensor allocate_like(const Input& x) {
+  return allocate_like(x.tensor, x.device, x.channels_last);
 }
 
-inline Tensor allocate_save_stats(const Tensor& input) {
-  const int64_t c = input.sizes()[1];
-  return allocate(input, {2, c}, {c, 1}, aoti_torch_dtype_float64());
+inline Tensor allocate_matrix(const Input& x, int64_t rows, int64_t columns, int32_t dtype) {
+  return allocate(x.device, {rows, columns}, {std::max<int64_t>(columns, 1), 1}, dtype);
+}
+
+inline Tensor allocate_save_stats(const Input& x) {
+  return allocate_matrix(x, 2, x.problem.c, aoti_torch_dtype_float64());
 }
 
 // Without rows where there is nothing to mask: an ahead-of-time compiled graph has no undefined
 // tensors, so whoever asks for a mask gets one.
-inline Tensor allocate_mask(const Tensor& input, const Problem& p) {
-  if (!p.relu || !p.residual) return allocate(input, {0}, {1}, aoti_torch_dtype_uint8());
-  return allocate(input, {p.mask_rows(), p.mask_row_bytes()}, {p.mask_row_bytes(), 1},
-                  aoti_torch_dtype_uint8());
+inline Tensor allocate_mask(const Input& x) {
+  const Problem& p = x.problem;
+  if (!p.has_mask) return allocate(x.device, {0}, {1}, aoti_torch_dtype_uint8());
+  return allocate_matrix(x, p.mask_rows(), p.mask_row_bytes(), aoti_torch_dtype_uint8());
 }
 
-// The input of an op and the problem it poses. `channels_last` is the tensors' memory format; the
-// problem's may differ where both describe the same memory.
-struct Input {
-  Tensor tensor;  // dense
-  bool channels_last;
-  Problem problem;
-};
+// An argument of type Tensor: the schema lets None through.
+inline void check_given(const char* name, const Tensor& t) {
+  BNEXT_CHECK(t.defined(), name, ": expected a tensor, got None");
+}
 
-inline Input check_input(const Tensor& input, Stage stage, bool relu, bool residual) {
-  BNEXT_CHECK(input.dim() >= 2, "input: expected at least 2 dimensions [N, C, ...], got ",
-              shape_string(input));
-  const DType dtype = check_dtype("input", input);
-  const bool channels_last = suggests_channels_last(input);
+// An empty tensor of one dimension passes, as in torch: it has no channels.
+inline Input check_input(const Tensor& input, Stage stage, bool relu) {
+  check_given("input", input);
   const auto sizes = input.sizes();
+  const auto dim = static_cast<int64_t>(sizes.size());
+  BNEXT_CHECK(dim >= 2 || (dim == 1 && sizes[0] == 0),
+              "input: expected at least 2 dimensions [N, C, ...], got ", shape_string(input));
+  const std::optional<DType> dtype = find_dtype(input);
+  BNEXT_CHECK(dtype, "\"batch_norm\" not implemented for '", type_name(input),
+              "' (input: expected float32, float64, bfloat16 or float16)");
   int64_t hw = 1;
-  for (int64_t d = 2; d < input.dim(); ++d) hw *= sizes[d];
-  const Problem p{stage, sizes[0], sizes[1], hw, channels_last, dtype, relu, residual};
-  return {as_dense(input, channels_last), channels_last, canonical(p)};
+  for (int64_t d = 2; d < dim; ++d) hw *= sizes[d];
+  const bool contiguous = is_dense(input, false);
+  const bool channels_last = !contiguous && is_channels_last(input);
+  const Problem p{stage, sizes[0], dim > 1 ? sizes[1] : 0, hw, channels_last, *dtype, relu,
+                  false, false};
+  return {contiguous ? input : as_dense(input, channels_last), device_of(input), canonical(p),
+          channels_last};
+}
+
+inline void check_device(const char* name, const Tensor& t, const Input& x) {
+  const Device device = device_of(t);
+  BNEXT_CHECK(device == x.device,
+              "Expected all tensors to be on the same device, but found at least two devices, ",
+              to_string(x.device), " and ", to_string(device), "! ", name, ": Tensor on device ",
+              to_string(device), " is not on the expected device ", to_string(x.device), "!");
 }
 
 // A tensor with input's shape and dtype, made dense in input's memory format.
-inline Tensor check_like_input(const char* name, const Tensor& t, const Tensor& input,
-                               bool channels_last) {
-  check_device(name, t, input);
-  BNEXT_CHECK(t.scalar_type() == input.scalar_type(), name, ": expected input's dtype ",
-              dtype_name(input.scalar_type()), ", got ", dtype_name(t.scalar_type()));
-  bool same = t.dim() == input.dim();
-  for (int64_t d = 0; same && d < t.dim(); ++d) same = t.sizes()[d] == input.sizes()[d];
-  BNEXT_CHECK(same, name, ": expected input's shape ", shape_string(input), ", got ",
+inline Tensor check_like_input(const char* name, const Tensor& t, const Input& x) {
+  check_given(name, t);
+  check_device(name, t, x);
+  BNEXT_CHECK(dtype_code(t) == dtype_code(x.tensor), name, ": expected scalar type ",
+              type_name(x.tensor), " but found ", type_name(t));
+  const auto sizes = t.sizes(), expected = x.tensor.sizes();
+  bool same = sizes.size() == expected.size();
+  for (size_t d = 0; same && d < sizes.size(); ++d) same = sizes[d] == expected[d];
+  BNEXT_CHECK(same, name, ": expected input's shape ", shape_string(x.tensor), ", got ",
               shape_string(t));
-  return as_dense(t, channels_last);
+  return as_dense(t, x.channels_last);
 }
 
-inline DType check_param(const char* name, const Tensor& t, const Tensor& input) {
-  check_device(name, t, input);
-  const int64_t c = input.sizes()[1];
-  BNEXT_CHECK(t.dim() == 1 && t.sizes()[0] == c, name, ": expected shape [", c,
-              "], one value per channel of input, got ", shape_string(t));
-  const DType dtype = check_dtype(name, t), input_dtype = check_dtype("input", input);
-  const bool half = element_size(input_dtype) == 2;
-  BNEXT_CHECK(dtype == input_dtype || (half && dtype == DType::kFloat32), name, ": expected dtype ",
-              dtype_name(input.scalar_type()), half ? " or float32" : "", " for ",
-              dtype_name(input.scalar_type()), " input, got ", dtype_name(t.scalar_type()));
-  return dtype;
+// Elements between one value of t and the next, whatever its shape; nothing where that varies.
+inline std::optional<int64_t> element_stride(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  if (sizes.size() == 1) return strides[0];
+  int64_t count = 1, stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    if (sizes[d] == 1) continue;
+    if (count == 1) stride = strides[d];
+    if (strides[d] != stride * count) return std::nullopt;
+    count *= sizes[d];
+  }
+  return stride;
 }
 
-inline ParamIn check_param_in(const char* name, const OptionalTensor& t, const Tensor& input) {
+// One value per channel. An empty input reads none: torch then takes whatever is given.
+inline void check_per_channel(const char* name, const Tensor& t, const Input& x) {
+  check_device(name, t, x);
+  if (x.empty()) return;
+  const int64_t c = x.problem.c, numel = t.numel();
+  BNEXT_CHECK(numel == c, name, " should contain ", c, " elements not ", numel,
+              " (one per channel of input ", shape_string(x.tensor), ", got ", shape_string(t),
+              ")");
+  const DType input = x.problem.dtype;
+  const std::optional<DType> dtype = find_dtype(t);
+  const bool half = element_size(input) == 2;
+  BNEXT_CHECK(dtype == input || (half && dtype == DType::kFloat32), name, ": expected scalar type ",
+              type_name(x.tensor), " but found ", type_name(t), " (", half ? "or Float; " : "",
+              "torch: mixed dtype (CPU): expect parameter to have scalar type of Float)");
+}
+
+inline ParamIn param_in(const Tensor& t, const Input& x) {
+  if (x.empty()) return {};
+  return {t.const_data_ptr(), element_stride(t).value_or(0), *find_dtype(t)};
+}
+
+// Weight, bias, or a gradient of theirs: any shape whose values lie at one stride.
+inline ParamIn check_param(const char* name, const OptionalTensor& t, const Input& x) {
   if (!t) return {};
-  const DType dtype = check_param(name, *t, input);
-  return {t->const_data_ptr(), t->strides()[0], dtype};
+  check_per_channel(name, *t, x);
+  BNEXT_CHECK(x.empty() || element_stride(*t), name,
+              ": expected values at one stride in memory, got shape ", shape_string(*t),
+              " with other strides");
+  return param_in(*t, x);
 }
 
-// Checked now; its memory is only asked for (which may copy a copy-on-write tensor) once all checks
+inline void check_statistic(const char* name, const Tensor& t, const Input& x) {
+  check_per_channel(name, t, x);
+  BNEXT_CHECK(x.empty() || t.dim() == 1, "TensorAccessor expected 1 dims but tensor has ", t.dim(),
+              " (", name, ": expected shape [", x.problem.c, "], got ", shape_string(t), ")");
+}
+
+inline ParamIn check_frozen_statistic(const char* name, const OptionalTensor& t, const Input& x) {
+  if (!t) return {};
+  check_statistic(name, *t, x);
+  return param_in(*t, x);
+}
+
+// Memory to write to is only asked for (which may copy a copy-on-write tensor) once all checks have
 // passed.
-inline ParamOut mutable_param(const OptionalTensor& t) {
+inline ParamOut param_out(const OptionalTensor& t) {
   if (!t) return {};
-  return {t->mutable_data_ptr(), t->strides()[0], check_dtype("", *t)};
+  return {t->mutable_data_ptr(), element_stride(*t).value_or(0), *find_dtype(*t)};
 }
 
-inline void check_counter(const OptionalTensor& t, const Tensor& input) {
+// For the gradient of a parameter.
+inline Tensor allocate_grad(const Tensor& param, const Input& x) {
+  return allocate_like(param, x.device, false);
+}
+
+inline void check_counter(const OptionalTensor& t, const Input& x) {
   if (!t) return;
-  check_device("num_batches_tracked", *t, input);
+  check_device("num_batches_tracked", *t, x);
   BNEXT_CHECK(t->scalar_type() == ScalarType::Long && t->numel() == 1,
-              "num_batches_tracked: expected one int64 value, got ", dtype_name(t->scalar_type()),
-              " ", shape_string(*t));
+              "num_batches_tracked: expected one int64 value (Long), got ", type_name(*t), " ",
+              shape_string(*t));
 }
 
-inline const uint8_t* check_mask(const OptionalTensor& t, const Tensor& input, const Problem& p) {
+inline const uint8_t* check_mask(const OptionalTensor& t, const Input& x) {
   if (!t) return nullptr;
-  check_device("relu_mask", *t, input);
-  BNEXT_CHECK(t->scalar_type() == ScalarType::Byte && t->is_contiguous() &&
+  check_device("relu_mask", *t, x);
+  const Problem& p = x.problem;
+  BNEXT_CHECK(t->scalar_type() == ScalarType::Byte && is_dense(*t, false) &&
                   t->numel() == p.mask_rows() * p.mask_row_bytes(),
-              "relu_mask: expected contiguous uint8 [", p.mask_rows(), ", ", p.mask_row_bytes(),
-              "], got ", dtype_name(t->scalar_type()), " ", shape_string(*t));
+              "relu_mask: expected contiguous Byte [", p.mask_rows(), ", ", p.mask_row_bytes(),
+              "], got ", is_dense(*t, false) ? "" : "strided ", type_name(*t), " ",
+              shape_string(*t));
   return static_cast<const uint8_t*>(t->const_data_ptr());
 }
 
-inline const double* check_save_stats(const OptionalTensor& t, const Tensor& input) {
+inline const double* check_save_stats(const OptionalTensor& t, const Input& x) {
   if (!t) return nullptr;
-  check_device("save_stats", *t, input);
-  const int64_t c = input.sizes()[1];
-  BNEXT_CHECK(t->scalar_type() == ScalarType::Double && t->is_contiguous() && t->dim() == 2 &&
+  check_device("save_stats", *t, x);
+  const int64_t c = x.problem.c;
+  BNEXT_CHECK(t->scalar_type() == ScalarType::Double && is_dense(*t, false) && t->dim() == 2 &&
                   t->sizes()[0] == 2 && t->sizes()[1] == c,
-              "save_stats: expected contiguous float64 [2, ", c, "], got ",
-              dtype_name(t->scalar_type()), " ", shape_string(*t));
+              "save_stats: expected contiguous Double [2, ", c, "], got ",
+              is_dense(*t, false) ? "" : "strided ", type_name(*t), " ", shape_string(*t));
   return static_cast<const double*>(t->const_data_ptr());
+}
+
+// What both derivatives ask for: the batch's statistics, or else the running ones.
+inline void check_any_statistics(bool save_stats, bool running, const Input& x) {
+  BNEXT_CHECK(save_stats || running || x.empty(),
+              "save_stats: expected it, or both running_mean and running_var, got neither");
 }
 
 }  // namespace bnext

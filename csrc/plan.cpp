@@ -39,8 +39,8 @@ int64_t resident_bytes(const CpuInfo& cpu) {
 CpuPlan plan_cpu(const Problem& p, const CpuInfo& cpu) {
   CpuPlan plan{};
   plan.isa = cpu.isa;
-  const bool masked = p.relu && p.residual;  // mask bytes belong to rows of memory
-  const bool short_rows = !p.channels_last && p.hw < kMinRowWidth && !masked;
+  // Bytes of a mask belong to rows of memory.
+  const bool short_rows = !p.channels_last && p.hw < kMinRowWidth && !p.has_mask;
   const bool columns = p.channels_last || short_rows;
   plan.map = columns ? IndexMap::kColumns : IndexMap::kRows;
   plan.lanes_per_channel = short_rows ? p.hw : 1;
@@ -63,7 +63,8 @@ CpuPlan plan_cpu(const Problem& p, const CpuInfo& cpu) {
   // Columns stream: a slab of some columns is scattered over all rows, and reading it once took 1.6
   // times as long as reading whole rows twice (ResNet-50's shapes, N = 32, float32: 3.1 copies
   // against 1.9).
-  const bool resident = !columns && p.c >= cpu.threads && lane_bytes <= resident_bytes(cpu);
+  const bool resident =
+      !columns && p.applies() && p.c >= cpu.threads && lane_bytes <= resident_bytes(cpu);
   plan.family = !is_training(p.stage) ? Family::kElementwise
                 : resident            ? Family::kResident
                                       : Family::kStreaming;
@@ -89,7 +90,8 @@ CpuPlan plan_cpu(const Problem& p, const CpuInfo& cpu) {
       run % kVectorLanes == 0 && plan.lanes_per_channel == 1 && 2 * p.bytes() > cpu.l3_bytes;
 
   plan.bytes_floor = p.bytes_floor();
-  const bool misses = plan.family == Family::kStreaming && p.bytes_read() > cpu.l3_bytes / 2;
+  const bool misses =
+      plan.family == Family::kStreaming && p.applies() && p.bytes_read() > cpu.l3_bytes / 2;
   plan.bytes_moved = plan.bytes_floor + (misses ? p.bytes_read() : 0);
   return plan;
 }

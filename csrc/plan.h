@@ -1,6 +1,7 @@
 // The plan: which kernel family runs a problem on a device, and how the work is cut. Pure functions
-// of (Problem, device): no torch, no CUDA, no allocation. Every threshold of the project lives in
-// plan.cpp.
+// of (Problem, device): no torch, no CUDA, no allocation. The thresholds that depend on the device
+// are in plan.cpp and plan_cuda.cpp. Sizes that belong to a kernel's own code stand beside it
+// (tiles.h, double_backward.h, slab.cuh).
 #pragma once
 
 #include <cstdint>
@@ -64,7 +65,7 @@ inline constexpr int64_t kHugePageMinBytes = 4 << 20;
 CpuPlan plan_cpu(const Problem& problem, const CpuInfo& cpu);
 
 struct CudaInfo {
-  int capability;  // compute capability times 10: 80, 90, 100, 120
+  int capability;  // compute capability times 10: 80, 90, 100, 120; for reports, no plan reads it
   int sms;
   int64_t shared_bytes_per_sm, shared_bytes_per_block;  // the latter with the opt-in attribute
   int64_t l2_bytes;
@@ -127,9 +128,9 @@ constexpr int max_cuda_threads(IndexMap map, int vector) {
 inline constexpr int kWarpThreads = 32;
 inline constexpr int kMaskBits = 8;  // elements of a row whose mask bits share a byte
 inline constexpr int64_t kMaxGroupLanes = 512;
-// Bytes of a block's partial result of one lane, and of the coefficients of a channel (see
-// exchange.cuh).
+// Bytes of a block's partial result of one lane (see exchange.cuh).
 inline constexpr int64_t kPartialBytes = 24;
+// Room for the coefficients of a channel, in values of the compute type.
 inline constexpr int64_t kCoefficients = 8;
 // Shared memory for joining the threads of a block: partial results of this many lanes.
 inline constexpr int64_t kJoinLanes = 512;

@@ -134,7 +134,7 @@ Layout choose_layout(const Problem& p, const CudaInfo& cuda) {
       continue;
     }
     const bool rows = p.hw % v == 0, is_short = p.hw * element_size(p.dtype) < kMinRowBytes;
-    const bool columns = !p.masked() && p.c * p.hw % v == 0 && p.hw <= kMaxGroupLanes &&
+    const bool columns = !p.has_mask && p.c * p.hw % v == 0 && p.hw <= kMaxGroupLanes &&
                          least_columns_group(p, p.hw) * p.hw <= kMaxGroupLanes;
     if (columns && (is_short || !rows))
       return {IndexMap::kColumns, v, p.hw, column_groups(p, p.hw, v)};

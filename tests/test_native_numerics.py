@@ -100,6 +100,33 @@ def test_running_statistics_average_cumulatively(team, dtype) -> None:
 
 
 @pytest.mark.parametrize("team", TEAMS)
+def test_momentum_nan_is_no_cumulative_average(team) -> None:
+    case = make((3, 5, 9, 8), NCHW)
+    mean, var, tracked = with_running_stats(case, TEAMS[team], torch.nan, torch.tensor(3))
+    assert tracked == 4 and bool(mean.isnan().all()) and bool(var.isnan().all())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=shape_id)
+@pytest.mark.parametrize("stage", ["train_backward", "eval_backward"])
+def test_a_mask_where_only_sums_are_wanted(stage, layout) -> None:
+    case, frozen = make(*layout, DTYPES[0], residual=True), stage == "eval_backward"
+    setting = Setting(relu=True, family=-1, info=SMALL)
+    active = torch.rand_like(case.x) > 0.5
+    mean, var = case.stats if frozen else reference.batch_stats(case.x)
+    save_stats = None if frozen else torch.stack([mean, (var + 1e-5).rsqrt()]).double()
+    p = calls.problem(case.x, stage, relu=True, has_mask=True, need_input=False)
+    grads = both().run(lambda e: calls.backward(
+        e, setting.plan(e, p), p, case.grad_out, case.x, weight=case.weight, bias=case.bias,
+        mask=packed(active, case.x), save_stats=save_stats, frozen=case.stats if frozen else None,
+    ))  # fmt: skip
+    assert grads.input is None and grads.residual is None
+    stats = case.stats if frozen else None
+    check_gradients(
+        grads, case, reference.backward(case.grad_out, case.x, case.weight, stats, active=active)
+    )
+
+
+@pytest.mark.parametrize("team", TEAMS)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=shape_id)
 @pytest.mark.parametrize("value", [0.0, 0.1, 1000.3, -1e30])
 def test_a_constant_channel_gives_exactly_the_bias(team, layout, value) -> None:

@@ -20,8 +20,8 @@ DEVICES = [SERVER, LAPTOP, BASIC]
 
 
 def plan(n, c, hw, stage="train_forward", *, channels_last=False, dtype="float32", relu=False,
-         residual=False, device=SERVER):  # fmt: skip
-    return _C.plan(n, c, hw, channels_last, dtype, stage, relu, residual, device)
+         residual=False, device=SERVER, **kwargs):  # fmt: skip
+    return _C.plan(n, c, hw, channels_last, dtype, stage, relu, residual, device, **kwargs)
 
 
 def ceil(a: int, b: int) -> int:
@@ -125,6 +125,22 @@ def test_resnet_shapes_are_resident(c, hw, stage) -> None:
 def test_family_and_index_map(n, c, hw, stage, channels_last, family, index_map) -> None:
     p = plan(n, c, hw, stage, channels_last=channels_last)
     assert (p.family, p.index_map) == (family, index_map)
+
+
+def test_a_mask_where_only_sums_are_wanted() -> None:
+    """It is read; there is no dx and no residual's gradient to keep operands for."""
+    p = plan(32, 64, 56 * 56, "train_backward", relu=True, residual=True, need_input=False,
+             need_residual=False)  # fmt: skip
+    assert p.family == "streaming"
+    elements = 32 * 64 * 56 * 56
+    assert p.bytes_moved == p.bytes_floor == 2 * 4 * elements + elements // 8
+
+
+def test_only_a_mask_keeps_short_rows() -> None:
+    for stage, without in (("train_forward", {"save_mask": False}), ("train_backward", {})):
+        assert plan(32, 64, 9, stage, relu=True, residual=True).index_map == "rows"
+        columns = plan(32, 64, 9, stage, relu=True, residual="forward" in stage, **without)
+        assert columns.index_map == "columns"
 
 
 def test_outputs_beyond_the_cache_are_stored_past_it() -> None:

@@ -309,6 +309,15 @@ def test_a_mask_keeps_rows() -> None:
     assert without.bytes_floor == 3 * 32 * 64 * 49 * 2
 
 
+def test_a_mask_where_only_sums_are_wanted() -> None:
+    """It is read; there is no dx and no residual's gradient to keep operands for."""
+    p = plan(32, 64, 56 * 56, "train_backward", relu=True, residual=True, need_input=False,
+             need_residual=False)  # fmt: skip
+    assert (p.family, p.team, p.launches) == ("streaming", "stream", 2)
+    elements = 32 * 64 * 56 * 56
+    assert p.bytes_moved == p.bytes_floor == 2 * 2 * elements + elements // 8
+
+
 def test_huge_problems() -> None:
     for shape in ((1 << 16, 256, 1 << 10), (1, 1, 1 << 34), (1 << 34, 1, 1), (1, 1 << 30, 1)):
         for stage, last, gpu in product(STAGES, (False, True), GPUS):

@@ -25,21 +25,20 @@ void with_schedule(const Problem& problem, F f) {
 
 struct Cpu {
   // In huge pages where it is large: faulting in 4 KiB pages costs more than the kernel.
-  static Tensor allocate_output(const Tensor& input, bool channels_last) {
-    Tensor output = allocate_like(input, channels_last);
-    advise_huge_pages(output.data_ptr(),
-                      output.numel() * static_cast<int64_t>(output.element_size()));
+  static Tensor allocate_output(const Input& x) {
+    Tensor output = allocate_like(x);
+    advise_huge_pages(output.data_ptr(), x.problem.bytes());
     return output;
   }
-  static void run(const Problem& problem, const ForwardArgs& args, const Tensor&) {
-    with_schedule(problem, [&](auto schedule) {
-      is_training(problem.stage) ? schedule.train_forward(args) : schedule.eval_forward(args);
+  static void run(const ForwardArgs& args, const Input& x) {
+    with_schedule(x.problem, [&](auto schedule) {
+      is_training(x.problem.stage) ? schedule.train_forward(args) : schedule.eval_forward(args);
     });
   }
-  static void run(const Problem& problem, const BackwardArgs& args, const Tensor&) {
-    with_schedule(problem, [&](auto schedule) { schedule.backward(args); });
+  static void run(const BackwardArgs& args, const Input& x) {
+    with_schedule(x.problem, [&](auto schedule) { schedule.backward(args); });
   }
-  static void count(int64_t* num_batches_tracked, const Tensor&) { ++*num_batches_tracked; }
+  static void count(int64_t* num_batches_tracked, const Input&) { ++*num_batches_tracked; }
 };
 
 }  // namespace

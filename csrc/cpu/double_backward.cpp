@@ -158,51 +158,49 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(
     const OptionalTensor& bias, const OptionalTensor& relu_mask, const OptionalTensor& save_stats,
     const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps, bool relu,
     bool need_grad_out, bool need_input, bool need_weight) {
-  const auto [x, channels_last, problem] =
-      check_input(input, save_stats ? Stage::kTrainBackward : Stage::kEvalBackward, relu,
-                  relu_mask.has_value());
-  const Tensor u = check_like_input("grad_grad_input", grad_grad_input, x, channels_last);
-  const Tensor dy = check_like_input("grad_out", grad_out, x, channels_last);
+  const Input x =
+      check_input(input, save_stats ? Stage::kTrainBackward : Stage::kEvalBackward, relu);
+  const Problem& problem = x.problem;
+  const Tensor u = check_like_input("grad_grad_input", grad_grad_input, x);
+  const Tensor dy = check_like_input("grad_out", grad_out, x);
   OptionalTensor v;
-  if (grad_grad_residual)
-    v = check_like_input("grad_grad_residual", *grad_grad_residual, x, channels_last);
+  if (grad_grad_residual) v = check_like_input("grad_grad_residual", *grad_grad_residual, x);
   Statistics s{check_save_stats(save_stats, x),
-               check_param_in("running_mean", running_mean, x),
-               check_param_in("running_var", running_var, x),
-               check_param_in("weight", weight, x),
-               check_param_in("bias", bias, x),
-               check_param_in("grad_grad_weight", grad_grad_weight, x),
-               check_param_in("grad_grad_bias", grad_grad_bias, x),
+               check_frozen_statistic("running_mean", running_mean, x),
+               check_frozen_statistic("running_var", running_var, x),
+               check_param("weight", weight, x),
+               check_param("bias", bias, x),
+               check_param("grad_grad_weight", grad_grad_weight, x),
+               check_param("grad_grad_bias", grad_grad_bias, x),
                eps};
-  BNEXT_CHECK(save_stats || (running_mean && running_var),
-              "save_stats: expected it, or both running_mean and running_var, got neither");
+  check_any_statistics(save_stats.has_value(), running_mean && running_var, x);
   BNEXT_CHECK(weight || !need_weight, "weight: expected where its gradient is asked for");
   DoubleBackwardArgs args{};
-  args.relu_mask = check_mask(relu_mask, x, problem);
+  args.relu_mask = check_mask(relu_mask, x);
 
   const auto allocate_output = [&](bool needed) {
     if (!needed) return Tensor();
-    Tensor output = allocate_like(x, channels_last);
+    Tensor output = allocate_like(x);
     advise_huge_pages(output.data_ptr(), problem.bytes());
     return output;
   };
   Tensor grad_grad_out = allocate_output(need_grad_out), grad_input = allocate_output(need_input);
   OptionalTensor grad_weight;
-  if (need_weight) grad_weight = allocate_param(*weight);
+  if (need_weight) grad_weight = allocate_grad(*weight, x);
   args.grad_grad_input = u.const_data_ptr();
   args.grad_grad_residual = v ? v->const_data_ptr() : nullptr;
   args.grad_out = dy.const_data_ptr();
-  args.input = x.const_data_ptr();
+  args.input = x.tensor.const_data_ptr();
   args.grad_grad_out = need_grad_out ? grad_grad_out.mutable_data_ptr() : nullptr;
   args.grad_input = need_input ? grad_input.mutable_data_ptr() : nullptr;
-  if (problem.numel() > 0) {
+  if (!x.empty()) {
     const DoubleBackwardCut cut(problem);
     const CpuInfo cpu = cpu_info(1);
     const auto& kernels = double_backward_kernels(cpu.isa, problem.dtype);
     const auto run_in = problem.dtype == DType::kFloat64 ? run<double> : run<float>;
-    run_in(cut, kernels, relu, s, args, mutable_param(grad_weight));
-  } else {
-    for (int64_t c = 0; c < problem.c; ++c) write(mutable_param(grad_weight), c, 0);
+    run_in(cut, kernels, relu, s, args, param_out(grad_weight));
+  } else if (grad_weight) {
+    torch::stable::zero_(*grad_weight);
   }
   return {grad_grad_out, grad_input, grad_weight.value_or(Tensor())};
 }

@@ -84,14 +84,14 @@ class Schedule {
            const Parallel& parallel)
       : p_(plan), q_(problem), k_(kernels), parallel_(parallel) {}
 
-  // args.momentum is resolved here: the counter must move whatever the plan.
+  // The counter must move whatever the plan, so it does here.
   void train_forward(const ForwardArgs& args) {
     // Scratch comes first: where memory runs out, nothing may have been counted.
     Arrays<double> partials(2 * p_.slices, p_.lanes);
     Arrays<C> coefficients(3, p_.lanes);
     double factor = args.momentum;
     if (args.num_batches_tracked) ++*args.num_batches_tracked;
-    if (std::isnan(factor))
+    if (args.cumulative)
       factor = args.num_batches_tracked ? 1 / static_cast<double>(*args.num_batches_tracked) : 0;
     const ForwardLanes lanes{coefficients[0], coefficients[1], coefficients[2]};
 

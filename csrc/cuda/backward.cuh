@@ -22,6 +22,8 @@ struct BackwardCoefficients {
   Affine<C> affine;  // the forward's
   InputGrad<C> grad;
 };
+static_assert(sizeof(BackwardCoefficients<float>) <= kCoefficients * sizeof(float) &&
+              sizeof(BackwardCoefficients<double>) <= kCoefficients * sizeof(double));
 
 __device__ inline bool is_frozen(const BackwardArgs& args) {
   return !args.save_stats;

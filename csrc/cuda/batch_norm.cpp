@@ -41,7 +41,8 @@ void* current_stream(int device) {
   return stream;
 }
 
-// Bytes that the addresses share: what an access may be wide. Null pointers share all.
+// Alignment common to all pointers, in bytes: it bounds the width of an access. Null pointers have
+// any alignment.
 int common_alignment(std::initializer_list<const void*> pointers) {
   uintptr_t bits = 16;
   for (const void* pointer : pointers) bits |= reinterpret_cast<uintptr_t>(pointer);
@@ -64,18 +65,17 @@ int launch(const CudaPlan& plan, const Problem& problem, const BackwardArgs& arg
 }
 
 struct Cuda {
-  static Tensor allocate_output(const Tensor& input, bool channels_last) {
-    return allocate_like(input, channels_last);
-  }
+  static Tensor allocate_output(const Input& x) { return allocate_like(x); }
 
   template <class Args>
-  static void run(Problem problem, const Args& args, const Tensor& input) {
-    const int device = input.get_device_index();
+  static void run(const Args& args, const Input& x) {
+    const int device = x.device.index;
+    Problem problem = x.problem;
     const torch::stable::accelerator::DeviceGuard guard(device);
     problem.alignment = alignment_of(args);
     const CudaPlan plan = plan_cuda(problem, cuda_info(device), cuda_choice_of_environment());
     // Freed on return: torch's allocator hands it to later work of the same stream only.
-    const Tensor workspace = plan.workspace_bytes ? allocate(input, {plan.workspace_bytes}, {1},
+    const Tensor workspace = plan.workspace_bytes ? allocate(x.device, {plan.workspace_bytes}, {1},
                                                              aoti_torch_dtype_uint8())
                                                   : Tensor();
     void* const memory = plan.workspace_bytes ? workspace.mutable_data_ptr() : nullptr;
@@ -83,8 +83,8 @@ struct Cuda {
     if (error != 0) check_launch(error, to_string(plan));
   }
 
-  static void count(int64_t* num_batches_tracked, const Tensor& input) {
-    const int device = input.get_device_index();
+  static void count(int64_t* num_batches_tracked, const Input& x) {
+    const int device = x.device.index;
     const torch::stable::accelerator::DeviceGuard guard(device);
     check_launch(launch_count(num_batches_tracked, current_stream(device)), "the batch counter");
   }

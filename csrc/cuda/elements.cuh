@@ -120,7 +120,10 @@ __device__ inline bool passes_relu(C z) {
 
 // The threads whose items share a byte of the mask lie side by side (see RowItems, ColumnItems).
 template <int V>
-inline constexpr int kThreadsPerMaskByte = kMaskBits / V;
+inline constexpr int kThreadsPerMaskByte = [] {
+  static_assert(kMaskBits % V == 0, "whole items share a byte");
+  return kMaskBits / V;
+}();
 
 // The byte that the V bits of this thread and of its neighbours make up; whole warps call it.
 template <int V>

@@ -15,16 +15,15 @@ namespace bnext {
 
 using ForwardCall = Call<ForwardArgs>;
 
-// The weight of this batch in the running statistics. NaN stands for the cumulative average, whose
-// count has been raised by a launch before.
+// The weight of this batch in the running statistics. The count of a cumulative average has been
+// raised by a launch before.
 __device__ inline double averaging_factor(const ForwardArgs& args) {
-  if (args.momentum == args.momentum) return args.momentum;
+  if (!args.cumulative) return args.momentum;
   return args.num_batches_tracked ? 1 / static_cast<double>(*args.num_batches_tracked) : 0;
 }
 
 __device__ inline void count_batch(const ForwardArgs& args) {
-  if (blockIdx.x == 0 && threadIdx.x == 0 && args.num_batches_tracked &&
-      args.momentum == args.momentum)
+  if (blockIdx.x == 0 && threadIdx.x == 0 && args.num_batches_tracked && !args.cumulative)
     ++*args.num_batches_tracked;
 }
 

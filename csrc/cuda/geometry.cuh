@@ -66,7 +66,8 @@ class RowItems {
         plan_(plan),
         range_(rows_of(plan, rank)),
         threads_(plan.threads / static_cast<int>(plan.group)),
-        per_row_(static_cast<int>(ceil_div(plan.segment_width, kMaskBits)) * (kMaskBits / V)),
+        per_row_(static_cast<int>(ceil_div(plan.segment_width, kMaskBits)) *
+                 kThreadsPerMaskByte<V>),
         channel_(group * plan.group + threadIdx.x / threads_) {
     if (channel_ >= problem.c) range_.count = 0;
     step_ = {threads_ / per_row_, threads_ % per_row_};

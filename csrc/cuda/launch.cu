@@ -1,8 +1,6 @@
 // The launchers, by dtype; the kernel that counts a batch.
 #include "launch.cuh"
 
-#include <cmath>
-
 namespace bnext {
 namespace {
 
@@ -30,7 +28,7 @@ int launch_forward(const CudaPlan& plan, const Problem& problem, const ForwardAr
                    void* workspace, void* stream) {
   cudaError_t error = cudaSuccess;
   // The cumulative average needs the new count on every block: a launch of its own raises it.
-  if (args.num_batches_tracked && std::isnan(args.momentum))
+  if (args.num_batches_tracked && args.cumulative)
     error = launch(count_kernel, {1, kWarpThreads, 0}, stream, args.num_batches_tracked);
   if (error == cudaSuccess)
     error = with_dtype(problem.dtype, [&](auto t) {

@@ -28,7 +28,7 @@ class Problem(Fields):
     _fields_ = [
         ("stage", c_uint8), ("n", c_int64), ("c", c_int64), ("hw", c_int64),
         ("channels_last", c_bool), ("dtype", c_uint8), ("relu", c_bool), ("residual", c_bool),
-        ("need_input", c_bool), ("need_params", c_bool), ("save_mask", c_bool),
+        ("has_mask", c_bool), ("need_input", c_bool), ("need_params", c_bool),
         ("alignment", c_int),
     ]  # fmt: skip
 
@@ -62,7 +62,7 @@ class ForwardArgs(Fields):
         ("relu_mask", c_void_p), ("weight", Vector), ("bias", Vector), ("frozen_mean", Vector),
         ("frozen_var", Vector), ("running_mean", Vector), ("running_var", Vector),
         ("num_batches_tracked", c_void_p), ("save_stats", c_void_p), ("momentum", c_double),
-        ("eps", c_double),
+        ("cumulative", c_bool), ("eps", c_double),
     ]  # fmt: skip
 
 
@@ -104,8 +104,9 @@ def problem(x: Tensor, stage: str, **fields) -> Problem:
     n, c = x.shape[:2]
     p = Problem(
         STAGES.index(stage), n, c, math.prod(x.shape[2:]), is_channels_last(x),
-        DTYPES.index(x.dtype), False, False, True, True, True, 16,
+        DTYPES.index(x.dtype), False, False, False, True, True, 16,
     )  # fmt: skip
+    fields.setdefault("has_mask", fields.get("relu", False) and fields.get("residual", False))
     for name, value in fields.items():
         setattr(p, name, value)
     return p
@@ -178,14 +179,14 @@ def forward(e: Emulator, plan: CudaPlan, p: Problem, x: Tensor, *, weight=None, 
     training = STAGES[p.stage] == "train_forward"
     output = torch.empty_like(x)
     mask = None
-    if p.relu and p.residual and training:
+    if p.has_mask and training:
         mask = torch.empty(mask_shape(p), dtype=torch.uint8)
     save_stats = torch.empty(2, p.c, dtype=torch.float64) if training else None
     args = ForwardArgs(
         pointer(x), pointer(residual), pointer(output), pointer(mask), vector(weight),
         vector(bias), *map(vector, frozen or (None, None)), *map(vector, running),
         pointer(num_batches_tracked), pointer(save_stats),
-        math.nan if momentum is None else momentum, eps,
+        momentum or 0.0, momentum is None, eps,
     )  # fmt: skip
     if e.library.bnext_forward(ctypes.byref(plan), ctypes.byref(p), ctypes.byref(args)):
         raise EmulatorError(f"{e.error()}: {plan}")

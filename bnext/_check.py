@@ -1,0 +1,241 @@
+"""The twin of csrc/check.h for tensors without memory: same verdicts, same messages.
+
+Sizes may be symbols. A comparison that an op needs goes through `torch._check`, which defers it
+where a size is not known; one that only chooses a memory format takes the answer that needs no
+guard.
+"""
+
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Input(NamedTuple):
+    """The input of an op, and the matrix that its memory is."""
+
+    tensor: Tensor
+    channels: int
+    empty: bool
+    channels_last: bool
+    mask_shape: tuple[int, int]  # one bit per element, rows padded to whole bytes
+
+
+def fail(message: str) -> NoReturn:
+    """Raise what the C++ raises."""
+    raise RuntimeError(f"bnext: {message}")
+
+
+def require(condition: Any, message: str) -> None:
+    """A condition on sizes; a symbolic one that is not known yet is checked when the graph runs."""
+    torch._check(condition, lambda: f"bnext: {message}")
+
+
+def type_name(tensor: Tensor) -> str:
+    """A dtype's name in torch's messages: Float, Long, ..."""
+    return tensor.type().rpartition(".")[2].removesuffix("Tensor")
+
+
+def _known(condition: Any) -> bool:
+    """Whether a condition on sizes holds; not where that cannot be known."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import guard_or_false  # it loads sympy
+
+    return guard_or_false(condition)
+
+
+def _numel(sizes: Any) -> Any:
+    numel = 1
+    for size in sizes:
+        numel = numel * size
+    return numel
+
+
+def dense_strides(sizes: Any, channels_last: bool = False) -> list[Any]:
+    """The strides of a tensor of these sizes, dense in the format."""
+    order = list(range(len(sizes)))
+    if channels_last:
+        order.append(order.pop(1))
+    strides, stride = [1] * len(sizes), 1
+    for d in reversed(order):
+        strides[d] = stride
+        stride = stride * torch.sym_max(sizes[d], 1)
+    return strides
+
+
+def is_dense(tensor: Tensor, channels_last: bool = False) -> bool:
+    """Whether a tensor's memory is dense in the format."""
+    expected = dense_strides(tensor.shape, channels_last)
+    return all(
+        _known(stride == dense) or _known(size == 1)
+        for size, stride, dense in zip(tensor.shape, tensor.stride(), expected, strict=True)
+    )
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    if tensor.dim() not in (4, 5) or is_dense(tensor):
+        return False
+    return is_dense(tensor, True) or suggest_memory_format(tensor) is not torch.contiguous_format
+
+
+def check_given(name: str, tensor: Tensor | None) -> None:
+    """An argument of type Tensor: the schema lets None through."""
+    if tensor is None:
+        fail(f"{name}: expected a tensor, got None")
+
+
+def check_input(input: Tensor) -> Input:
+    """The input, described."""
+    check_given("input", input)
+    sizes = input.shape
+    if len(sizes) < 2 and not (len(sizes) == 1 and _known(sizes[0] == 0)):
+        fail(f"input: expected at least 2 dimensions [N, C, ...], got {list(sizes)}")
+    if input.dtype not in DTYPES:
+        fail(
+            f"\"batch_norm\" not implemented for '{type_name(input)}' "
+            "(input: expected float32, float64, bfloat16 or float16)"
+        )
+    n, c, hw = sizes[0], sizes[1] if len(sizes) > 1 else 0, _numel(sizes[2:])
+    channels_last = _is_channels_last(input)
+    if _known(c == 1):
+        rows, width = 1, n * hw
+    elif channels_last or _known(hw == 1):
+        rows, width = n * hw, c
+    else:
+        rows, width = n * c, hw
+    return Input(input, c, _known(n * c * hw == 0), channels_last, (rows, (width + 7) // 8))
+
+
+def check_device(name: str, tensor: Tensor, x: Input) -> None:
+    """One device for all: a meta tensor among others is enough to end up here."""
+    expected, device = x.tensor.device, tensor.device
+    if device != expected:
+        fail(
+            "Expected all tensors to be on the same device, but found at least two devices, "
+            f"{expected} and {device}! {name}: Tensor on device {device} is not on the expected "
+            f"device {expected}!"
+        )
+
+
+def check_like_input(name: str, tensor: Tensor | None, x: Input) -> None:
+    """A tensor with input's shape and dtype."""
+    check_given(name, tensor)
+    assert tensor is not None
+    check_device(name, tensor, x)
+    if tensor.dtype != x.tensor.dtype:
+        fail(f"{name}: expected scalar type {type_name(x.tensor)} but found {type_name(tensor)}")
+    sizes, expected = tensor.shape, x.tensor.shape
+    message = f"{name}: expected input's shape {list(expected)}, got {list(sizes)}"
+    require(len(sizes) == len(expected), message)
+    for size, other in zip(sizes, expected, strict=True):
+        require(size == other, message)
+
+
+def _at_one_stride(tensor: Tensor) -> bool:
+    count = stride = 1
+    for size, step in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+        if _known(size == 1):
+            continue
+        if _known(count == 1):
+            stride = step
+        if not _known(step == stride * count):
+            return False
+        count = count * size
+    return True
+
+
+def _check_per_channel(name: str, tensor: Tensor, x: Input) -> None:
+    check_device(name, tensor, x)
+    if x.empty:
+        return
+    numel = _numel(tensor.shape)
+    require(
+        numel == x.channels,
+        f"{name} should contain {x.channels} elements not {numel} (one per channel of input "
+        f"{list(x.tensor.shape)}, got {list(tensor.shape)})",
+    )
+    half = x.tensor.dtype in (torch.bfloat16, torch.float16)
+    if tensor.dtype != x.tensor.dtype and not (half and tensor.dtype == torch.float32):
+        fail(
+            f"{name}: expected scalar type {type_name(x.tensor)} but found {type_name(tensor)} "
+            f"({'or Float; ' if half else ''}torch: mixed dtype (CPU): expect parameter to have "
+            "scalar type of Float)"
+        )
+
+
+def check_param(name: str, tensor: Tensor | None, x: Input) -> None:
+    """Weight, bias, or a gradient of theirs: any shape whose values lie at one stride."""
+    if tensor is None:
+        return
+    _check_per_channel(name, tensor, x)
+    if not x.empty and tensor.dim() != 1 and not _at_one_stride(tensor):
+        fail(
+            f"{name}: expected values at one stride in memory, got shape {list(tensor.shape)} with "
+            "other strides"
+        )
+
+
+def check_statistic(name: str, tensor: Tensor | None, x: Input, *, evaluates: bool = False) -> None:
+    """A running statistic, or None where the batch's own are used."""
+    if tensor is None:
+        if evaluates and not x.empty:
+            fail(f"{name} must be defined in evaluation mode")
+        return
+    _check_per_channel(name, tensor, x)
+    if not x.empty and tensor.dim() != 1:
+        fail(
+            f"TensorAccessor expected 1 dims but tensor has {tensor.dim()} ({name}: expected shape "
+            f"[{x.channels}], got {list(tensor.shape)})"
+        )
+
+
+def check_counter(tensor: Tensor | None, x: Input) -> None:
+    """The count of batches."""
+    if tensor is None:
+        return
+    check_device("num_batches_tracked", tensor, x)
+    message = (
+        f"num_batches_tracked: expected one int64 value (Long), got {type_name(tensor)} "
+        f"{list(tensor.shape)}"
+    )
+    require(tensor.dtype == torch.int64, message)
+    require(_numel(tensor.shape) == 1, message)
+
+
+def _got(tensor: Tensor) -> str:
+    dense = "" if is_dense(tensor) else "strided "
+    return f"{dense}{type_name(tensor)} {list(tensor.shape)}"
+
+
+def check_mask(tensor: Tensor | None, x: Input) -> None:
+    """The signs of a ReLU."""
+    if tensor is None:
+        return
+    check_device("relu_mask", tensor, x)
+    rows, row_bytes = x.mask_shape
+    message = f"relu_mask: expected contiguous Byte [{rows}, {row_bytes}], got {_got(tensor)}"
+    require(tensor.dtype == torch.uint8 and is_dense(tensor), message)
+    require(_numel(tensor.shape) == rows * row_bytes, message)
+
+
+def check_save_stats(tensor: Tensor | None, x: Input) -> None:
+    """Mean and inverse standard deviation of the batch."""
+    if tensor is None:
+        return
+    check_device("save_stats", tensor, x)
+    message = f"save_stats: expected contiguous Double [2, {x.channels}], got {_got(tensor)}"
+    require(tensor.dtype == torch.float64 and is_dense(tensor) and tensor.dim() == 2, message)
+    require(tensor.shape[0] == 2, message)
+    require(tensor.shape[1] == x.channels, message)
+
+
+def check_any_statistics(
+    save_stats: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, x: Input
+) -> None:
+    """What both derivatives ask for: the batch's statistics, or else the running ones."""
+    if save_stats is None and (running_mean is None or running_var is None) and not x.empty:
+        fail("save_stats: expected it, or both running_mean and running_var, got neither")
