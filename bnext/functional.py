@@ -247,7 +247,7 @@ def _check_values(
 ) -> None:
     """Refuse what :func:`torch.nn.functional.batch_norm` refuses beyond shapes and dtypes."""
     without = (running_mean is None) + (running_var is None)
-    if training and without == 1:
+    if training and without == 1 and input.numel() > 0:
         raise ValueError("running_mean and running_var must either both be None or neither be None")
     if (
         (training and math.prod(input.shape[2:], start=input.shape[0]) == 1)
