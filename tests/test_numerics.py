@@ -185,6 +185,61 @@ def test_inf_and_nan_stay_inside_their_channel(shape, memory_format, bad, device
     assert results[1][0][:, 2].isnan().all(), "the channel's output is NaN, as PyTorch's"
 
 
+# (shape, memory format), and whether all of a channel is one tile of rows
+INF_SHAPES = {
+    "6x5": ((6, 5), torch.contiguous_format, False),
+    "600x5": ((600, 5), torch.contiguous_format, False),
+    "4x3x7": ((4, 3, 7), torch.contiguous_format, False),
+    "2x3x31": ((2, 3, 31), torch.contiguous_format, True),
+    "4x3x5x5": ((4, 3, 5, 5), torch.contiguous_format, True),
+    "4x3x5x5-cl": ((4, 3, 5, 5), torch.channels_last, False),
+    "2x1x300": ((2, 1, 300), torch.contiguous_format, True),
+    "9x3x40x40": ((9, 3, 40, 40), torch.contiguous_format, False),
+    "9x3x40x40-cl": ((9, 3, 40, 40), torch.channels_last, False),
+    "2x130x9x9-cl": ((2, 130, 9, 9), torch.channels_last, False),
+}
+INF_PLACES = ["first", "second", "middle", "last"]
+
+
+def inf_cases() -> list[object]:
+    """Infinities that are not in the last part of their channel meet finite values in a join."""
+    mark = pytest.mark.xfail(raises=AssertionError, reason="finite - inf where two means join")
+    return [
+        pytest.param(
+            name, place, bad, marks=[] if one_tile or place == "last" or len(bad) == 2 else [mark]
+        )
+        for name, (_, _, one_tile) in INF_SHAPES.items()
+        for place in INF_PLACES
+        for bad in ((math.inf,), (-math.inf,), (math.inf, -math.inf))
+    ]
+
+
+@pytest.mark.parametrize(("name", "place", "bad"), inf_cases(), ids=str)
+def test_running_mean_of_an_infinity(name, place, bad) -> None:
+    """The formula's: inf, -inf, or NaN of both, wherever they are."""
+    shape, memory_format, _ = INF_SHAPES[name]
+    x = torch.randn(shape).contiguous(memory_format=memory_format)
+    channel = shape[1] // 2
+    results = []
+    for values in ((), bad):
+        column = x[:, channel].flatten()
+        end = len(column) - len(values)
+        at = {"first": 0, "second": 1, "middle": len(column) // 2, "last": end}[place]
+        column[at : at + len(values)] = torch.tensor(values)
+        x[:, channel] = column.view(x[:, channel].shape)
+        leaf = x.clone().requires_grad_()
+        mean, var = torch.zeros(shape[1]), torch.ones(shape[1])
+        y = batch_norm(leaf, mean, var, training=True)
+        (dx,) = torch.autograd.grad(y, leaf, torch.ones_like(y))
+        results.append((y.detach(), dx, mean[None], var[None]))
+    others = torch.arange(shape[1]) != channel
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean[:, others], dirty[:, others])
+    y, _, mean, var = results[1]
+    assert y[:, channel].isnan().all() and var[0, channel].isnan()
+    torch.testing.assert_close(mean[0, channel], torch.tensor(bad).sum(), equal_nan=True)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_nan_passes_the_relu(training, device) -> None:
     case = make((4, 3, 5), device=device, residual=True)
