@@ -123,6 +123,32 @@ def test_squares_beyond_float32_do_not_overflow(memory_format, scale, device) ->
     reference.assert_as_good_as_torch(dx, None, backward.input, backward.input_magnitude, "grad")
 
 
+@pytest.mark.parametrize(
+    ("scale", "grad_scale", "eps"),
+    [(1e25, 1e15, 1e-5), (1e19, 1e19, 1e-5), (1e-25, 1e-20, 1e-60), (1e-20, 1e-10, 1e-50)],
+)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("memory_format", FORMATS, ids=FORMAT_IDS)
+def test_products_of_grad_out_beyond_float32(
+    memory_format, training, scale, grad_scale, eps, device
+) -> None:
+    """dy * (x - mean) over- or underflows in float32; the gradients do not."""
+    x = (torch.randn(4, 3, 9, 9) * scale).to(device).contiguous(memory_format=memory_format)
+    grad_out = (torch.randn(4, 3, 9, 9) * grad_scale).to(x)
+    x.requires_grad_()
+    weight = torch.full((3,), min(scale, 1.0), device=device, requires_grad=True)
+    stats = None
+    if not training:
+        stats = (torch.zeros(3, device=device), torch.full((3,), min(scale, 1e18) ** 2).to(x))
+    y = batch_norm(x, *(stats or (None, None)), weight, training=training, eps=eps)
+    dx, dweight = torch.autograd.grad(y, (x, weight), grad_out)
+    expected = reference.backward(grad_out, x.detach(), weight.detach(), stats, eps)
+    reference.assert_as_good_as_torch(dx, None, expected.input, expected.input_magnitude, "dx")
+    reference.assert_as_good_as_torch(
+        dweight, None, expected.weight, expected.weight_magnitude, "dweight"
+    )
+
+
 def test_running_variance_beyond_float32_is_infinite_and_the_mean_right(device) -> None:
     x = (torch.randn(4, 3, 9, 9) * 1e25).to(device)
     mean, var = torch.zeros(3, device=device), torch.ones(3, device=device)
