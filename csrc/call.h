@@ -26,8 +26,8 @@ struct Ops {
     ForwardArgs args{};
     args.weight = check_param("weight", weight, x);
     args.bias = check_param("bias", bias, x);
-    if (running_mean) check_statistic("running_mean", *running_mean, x);
-    if (running_var) check_statistic("running_var", *running_var, x);
+    check_statistic("running_mean", running_mean, x);
+    check_statistic("running_var", running_var, x);
     check_counter(num_batches_tracked, x);
     const OptionalTensor z =
         residual ? OptionalTensor(check_like_input("residual", *residual, x)) : std::nullopt;
@@ -59,18 +59,16 @@ struct Ops {
 
   static std::tuple<Tensor, Tensor> batch_norm_inference(
       const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-      const OptionalTensor& residual, const OptionalTensor& running_mean,
-      const OptionalTensor& running_var, double eps, bool relu, bool save_mask) {
+      const OptionalTensor& residual, const Tensor& running_mean, const Tensor& running_var,
+      double eps, bool relu, bool save_mask) {
     Input x = check_input(input, Stage::kEvalForward, relu);
     x.problem.residual = residual.has_value();
     x.problem.has_mask = relu && residual && save_mask;
     ForwardArgs args{};
     args.weight = check_param("weight", weight, x);
     args.bias = check_param("bias", bias, x);
-    BNEXT_CHECK(running_mean || x.empty(), "running_mean must be defined in evaluation mode");
-    args.frozen_mean = check_frozen_statistic("running_mean", running_mean, x);
-    BNEXT_CHECK(running_var || x.empty(), "running_var must be defined in evaluation mode");
-    args.frozen_var = check_frozen_statistic("running_var", running_var, x);
+    args.frozen_mean = check_eval_statistic("running_mean", running_mean, x);
+    args.frozen_var = check_eval_statistic("running_var", running_var, x);
     const OptionalTensor z =
         residual ? OptionalTensor(check_like_input("residual", *residual, x)) : std::nullopt;
 
@@ -102,8 +100,8 @@ struct Ops {
     args.relu_mask = check_mask(relu_mask, x);
     args.save_stats = check_save_stats(save_stats, x);
     check_any_statistics(save_stats.has_value(), running_mean && running_var, x);
-    args.running_mean = check_frozen_statistic("running_mean", running_mean, x);
-    args.running_var = check_frozen_statistic("running_var", running_var, x);
+    args.running_mean = check_statistic("running_mean", running_mean, x);
+    args.running_var = check_statistic("running_var", running_var, x);
     BNEXT_CHECK((weight || !need_weight) && (bias || weight || !need_bias),
                 "weight, bias: expected where their gradients are asked for");
     BNEXT_CHECK(!need_residual || relu_mask,

@@ -9,7 +9,7 @@ STABLE_TORCH_LIBRARY(bnext, m) {
       "-> (Tensor output, Tensor save_stats, Tensor relu_mask)");
   m.def(
       "batch_norm_inference(Tensor input, Tensor? weight, Tensor? bias, Tensor? residual, "
-      "Tensor? running_mean, Tensor? running_var, float eps, bool relu, bool save_mask) "
+      "Tensor running_mean, Tensor running_var, float eps, bool relu, bool save_mask) "
       "-> (Tensor output, Tensor relu_mask)");
   m.def(
       "batch_norm_backward(Tensor grad_out, Tensor input, Tensor? weight, Tensor? bias, "

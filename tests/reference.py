@@ -5,8 +5,10 @@ Algorithm 1 is `forward` with batch statistics, Algorithm 2 `forward` with given
 norm of anybody's: every test measures against this file.
 """
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -143,6 +145,83 @@ def updated_running_stats(
         (1 - factor) * running_mean.double() + factor * mean,
         (1 - factor) * running_var.double() + factor * var * m / (m - 1),
     )
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Training's results in extended precision, each with the sum of absolute terms behind it."""
+
+    mean: tuple[np.ndarray, np.ndarray]  # [C], as var, weight, bias
+    var: tuple[np.ndarray, np.ndarray]  # unbiased
+    output: tuple[np.ndarray, np.ndarray]  # [N, C, *], as input
+    input: tuple[np.ndarray, np.ndarray]
+    weight: tuple[np.ndarray, np.ndarray]
+    bias: tuple[np.ndarray, np.ndarray]
+
+
+def exact(
+    x: Tensor,  # [N, C, *]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    grad_out: Tensor,  # [N, C, *]
+    eps: float = 1e-5,
+) -> Exact:
+    """Forward and backward in numpy's longdouble, for errors in units of the last place.
+
+    Values are taken about the first of their channel, so that a far mean costs nothing, and
+    magnitudes have no term for the rounding of the mean.
+    """
+    dims = tuple(reduced_dims(x))
+    over = [1, -1] + [1] * (x.dim() - 2)
+    wide, dy = (t.double().numpy().astype(np.longdouble) for t in (x, grad_out))
+    w, b = (t.double().numpy().astype(np.longdouble).reshape(over) for t in (weight, bias))
+    m = x.numel() // x.shape[1]
+    first = wide[0].reshape(x.shape[1], -1)[:, 0].reshape(over)
+
+    def total(t: np.ndarray) -> np.ndarray:
+        return t.sum(dims, keepdims=True)
+
+    d = wide - first
+    mean = total(d) / m
+    centred = d - mean
+    var = total(centred**2) / m
+    invstd = 1 / np.sqrt(var + eps)
+    h = centred * invstd
+    mean_dy, mean_dy_h = total(dy) / m, total(dy * h) / m
+    abs_dy, abs_dy_h = total(abs(dy)), total(abs(dy * h))
+    return Exact(
+        mean=((first + mean).ravel(), (abs(first + mean) + np.sqrt(var)).ravel()),
+        var=((var * m / (m - 1)).ravel(), (var * m / (m - 1)).ravel()),
+        output=(h * w + b, abs(h * w) + abs(b)),
+        input=(
+            (dy - mean_dy - h * mean_dy_h) * w * invstd,
+            (abs(dy) + abs_dy / m + abs(h) * abs_dy_h / m) * abs(w) * invstd,
+        ),
+        weight=((mean_dy_h * m).ravel(), abs_dy_h.ravel()),
+        bias=((mean_dy * m).ravel(), abs_dy.ravel()),
+    )
+
+
+def units(actual: Tensor, expected: tuple[np.ndarray, np.ndarray]) -> Tensor:
+    """[C]: the largest error of each channel, in units of rounding of its largest magnitude.
+
+    A unit is 2^-24, for float64 2^-53. What 16-bit storage adds does not count. A value beyond the
+    dtype must be infinite; NaN is an infinite error.
+    """
+    info = torch.finfo(actual.dtype)
+    value, magnitude = expected
+    got = actual.detach().double().numpy()
+    error = abs(got - value)
+    beyond = abs(value) > info.max
+    error[beyond] = np.where(got == np.copysign(math.inf, value), 0, math.inf)[beyond]
+    if info.bits == 16:
+        error = np.maximum(error - info.eps / 2 * np.maximum(abs(value), info.smallest_normal), 0)
+    if actual.dim() > 1:
+        dims = tuple(reduced_dims(actual))
+        error, magnitude = error.max(dims), magnitude.max(dims)
+    unit = 2.0**-53 if actual.dtype is torch.float64 else 2.0**-24
+    relative = np.divide(error, unit * magnitude, out=error.copy(), where=error != 0)
+    return torch.from_numpy(relative.astype(np.float64)).nan_to_num(math.inf)
 
 
 def assert_as_good_as_torch(

@@ -252,3 +252,33 @@ def test_products_beyond_float16_do_not_overflow(training, device) -> None:
     assert dx is not None and dweight is not None
     reference.assert_as_good_as_torch(dx, None, expected.input, expected.input_magnitude)
     reference.assert_as_good_as_torch(dweight, None, expected.weight, expected.weight_magnitude)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    ("weight", "bias", "need_weight", "need_bias"),
+    [(False, False, True, False), (False, False, False, True), (False, True, True, False)],
+)
+def test_gradient_of_an_absent_parameter_is_refused(
+    weight, bias, need_weight, need_bias, training, device
+) -> None:
+    case = make((4, 3, 5), device=device)
+    saved = torch.zeros(2, 3, dtype=torch.float64, device=device) if training else None
+    stats = (None, None) if training else case.stats
+    with pytest.raises(RuntimeError, match="weight"):
+        torch.ops.bnext.batch_norm_backward(
+            case.grad_out, case.x, case.weight if weight else None, case.bias if bias else None,
+            None, saved, *stats, 1e-5, False, True, need_weight, need_bias, False,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_second_derivative_for_an_absent_weight_is_refused(training) -> None:
+    case = make((4, 3, 5))
+    saved = torch.zeros(2, 3, dtype=torch.float64) if training else None
+    stats = (None, None) if training else case.stats
+    with pytest.raises(RuntimeError, match="weight"):
+        torch.ops.bnext.batch_norm_double_backward(
+            case.x, None, None, None, case.grad_out, case.x, None, None, None, saved, *stats, 1e-5,
+            False, True, True, True,
+        )  # fmt: skip

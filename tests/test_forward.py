@@ -118,6 +118,20 @@ def test_momentum_none_averages_over_the_batches_seen(device) -> None:
     torch.testing.assert_close(bn.running_var.double(), expected_var, rtol=1e-5, atol=1e-6)
 
 
+def test_momentum_none_averages_where_aten_runs(device) -> None:
+    """Under forward-mode AD, and scripted."""
+    ours = bnext.BatchNorm2d(3, momentum=None, device=device)
+    scripted = torch.jit.script(bnext.BatchNorm2d(3, momentum=None, device=device))
+    theirs = torch.nn.BatchNorm2d(3, momentum=None, device=device)
+    for k in (1.0, 5.0, 0.25):
+        x = torch.randn(4, 3, 2, 5, device=device) * k + k
+        with torch.autograd.forward_ad.dual_level():
+            ours(x)
+        scripted(x), theirs(x)
+        torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+        torch.testing.assert_close(scripted.state_dict(), theirs.state_dict())
+
+
 def test_counter_counts_training_forwards_only(device) -> None:
     bn = bnext.BatchNorm1d(3, device=device)
     x = torch.randn(4, 3, device=device)

@@ -166,8 +166,8 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(
   OptionalTensor v;
   if (grad_grad_residual) v = check_like_input("grad_grad_residual", *grad_grad_residual, x);
   Statistics s{check_save_stats(save_stats, x),
-               check_frozen_statistic("running_mean", running_mean, x),
-               check_frozen_statistic("running_var", running_var, x),
+               check_statistic("running_mean", running_mean, x),
+               check_statistic("running_var", running_var, x),
                check_param("weight", weight, x),
                check_param("bias", bias, x),
                check_param("grad_grad_weight", grad_grad_weight, x),
