@@ -72,10 +72,11 @@ class Snapshot:
         self._watch_pickled(
             "the state of Python's random numbers", random.getstate, random.setstate
         )
-        self._watch_pickled(
+        state = torch.get_rng_state()
+        self._watch(
             "the state of torch's random numbers",
-            lambda: bytes(torch.get_rng_state().tolist()),
-            lambda state: torch.set_rng_state(torch.tensor([*state], dtype=torch.uint8)),
+            lambda: [(None, bytes(torch.get_rng_state().tolist()))],
+            lambda _: torch.set_rng_state(state),
         )
         if "numpy" in sys.modules:
             numpy = sys.modules["numpy"]

@@ -17,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses import FakeTensorMode
 
 import bnext
 
@@ -210,6 +211,21 @@ def test_tracing_changes_nothing_and_what_changes_something_is_left_alone(name) 
     assert state(net) == before
     bnext.convert(net, fuse=True)
     assert state(net) == before and type(net) is Net and report.fused == ()
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [torch.device("meta"), FakeTensorMode(), torch.inference_mode(), torch.autocast("cpu")],
+    ids=lambda mode: type(mode).__name__,
+)
+def test_under_a_mode_of_torchs(mode) -> None:
+    with mode:
+        seeding = bnext.convert(Net(lambda n, y: torch.manual_seed(3)))
+        before = torch.get_rng_state().tolist()
+        assert "random" in bnext.conversion_report(seeding, fuse=True).unfused["bn"]
+        assert torch.get_rng_state().tolist() == before
+        net = bnext.convert(Net(lambda n, y: None), fuse=True)
+        assert bnext.conversion_report(net).fused == ("bn",)
 
 
 def test_an_effect_that_the_graph_holds_is_fused_and_happens_at_every_call() -> None:
