@@ -313,7 +313,8 @@ def test_residual_that_is_broadcast_or_promoted_is_added_as_before() -> None:
     model = bnext.convert(copy.deepcopy(original), fuse=True)
     assert fused(model) == ["bn"]
     x = torch.randn(2, 3, 4, 4)
-    for z in (torch.randn(2, 3, 1, 1), torch.randn(2, 3, 4, 4).double(), torch.randn(1, 1, 4, 4)):
+    others = torch.randn(2, 3, 1, 1), torch.randn(2, 3, 4, 4).double(), torch.randn(1, 1, 4, 4)
+    for z in (*others, 0.5):
         y, expected = model(x, z), original(x, z)
         torch.testing.assert_close(y, expected)
     y, expected = model(x[:, :, :1, :1], x), original(x[:, :, :1, :1], x)

@@ -176,10 +176,6 @@ TOOLS = {
     "pruning": each_norm(lambda bn: prune.l1_unstructured(bn, "weight", 2)),
     "leaky ReLU": relus_by(lambda relu: nn.LeakyReLU()),
     "no ReLU": relus_by(lambda relu: nn.Identity()),
-    "children one by one": lambda model: replace(
-        nn.Sequential(*model.children()) if isinstance(model, MobileNet) else model,
-        _BatchNorm, Frozen,
-    ),
 }  # fmt: skip
 
 
@@ -338,22 +334,6 @@ def test_a_graph_module_is_left_and_reported() -> None:
     graph = torch.fx.symbolic_trace(Summed())
     unfused = bnext.conversion_report(graph, fuse=True).unfused
     assert all("before it is traced" in reason for reason in unfused.values())
-
-
-def test_a_residual_that_is_no_tensor_is_added_as_before() -> None:
-    class Shifted(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.bn = nn.BatchNorm2d(3)
-
-        def forward(self, x: Tensor, shift: float) -> Tensor:
-            return torch.relu(self.bn(x) + shift)
-
-    original = Shifted()
-    model = bnext.convert(copy.deepcopy(original), fuse=True)
-    assert fused(model) == ["bn"]
-    x = torch.randn(2, 3, 4, 4)
-    torch.testing.assert_close(model(x, 0.5), original(x, 0.5))
 
 
 def test_a_subclass_of_a_fused_class_is_another_tools_and_stays() -> None:
