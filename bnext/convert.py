@@ -37,19 +37,29 @@ def convert(model: M, *, fuse: bool = False) -> M:
     Converting a second time changes nothing.
 
     With :attr:`fuse`, a batch norm whose output only a ReLU takes, or an addition and then a ReLU,
-    becomes a :class:`bnext.BatchNormAct2d` that does all of it. Still no parameter, buffer, name or
-    hook changes, and modules stay the same objects. What does change:
+    is computed together with them in one pass, as by :class:`bnext.BatchNormAct2d`. The batch norm
+    and the ReLU stay as they are, as do parameters, buffers, names and hooks. What changes is the
+    module whose ``forward`` calls them: it becomes a subclass of its own class.
 
-    - a ReLU module that only this batch norm feeds becomes a ``FusedReLU``, which returns its
-      input;
-    - else the module whose ``forward`` calls them becomes a subclass of its own class, with the
-      code that torch.fx traced: as for any traced code, plain Python attributes and global state
-      that ``forward`` reads have the values of the time of conversion;
-    - a forward hook on such a batch norm sees the output of the ReLU.
+    - That forward asks at each call what it has to do with. Where another tool has replaced the
+      batch norm or the ReLU, changed its class or ``forward`` or put a hook on it, and under
+      torch.fx and :func:`torch.jit.script`, it calls one after the other, as before.
+    - It is the code that torch.fx traced. As for any traced code, plain Python attributes and
+      global state that ``forward`` reads have the values of the time of conversion. (Not in an
+      :class:`torch.nn.Sequential`, which is not traced and can be sliced and appended to.)
 
-    A ``forward`` is left as it is if torch.fx cannot trace it, or if it is not one graph: it has
-    optional arguments, asks for the type of a value, changes the module, or differs between
-    training and eval. ``conversion_report(model, fuse=True)`` says which and why.
+    A ``forward`` is left as it is if torch.fx cannot trace it, or if its graph would not stand for
+    every call: it has optional arguments, asks for the type of a value, differs between training
+    and eval, switches gradients or autocast on or off, or does more than to compute its output. It
+    may change parameters and buffers in place, which the graph does too, but no other tensor and
+    nothing in Python, and may draw no random numbers but by a module.
+    ``conversion_report(model, fuse=True)`` says which and why.
+
+    Tracing runs ``forward``, but changes nothing: what it did to attributes of the model, of its
+    class and of the objects that it holds, to lists, dicts, sets, deques and NumPy's arrays in
+    them, to global variables and closures that ``forward`` or a function it names uses, and to the
+    generators of random numbers, is put back, even if ``forward`` raised. Not seen is what a
+    ``forward`` does outside, such as printing, and what objects of C extensions hold.
 
     Args:
         model: any module, possibly a batch norm itself.
@@ -132,21 +142,25 @@ def conversion_report(model: nn.Module, *, fuse: bool = False) -> ConversionRepo
         >>> print(bnext.conversion_report(model))
         0 of bnext, 53 to convert
     """
-    bnext, convertible, fused, left_alone = [], [], [], {}
-    for name, module in model.named_modules():
+    bnext, convertible, left_alone = [], [], {}
+    names = {module: name for name, module in model.named_modules()}
+    for module, name in names.items():
         kind = type(module)
         if kind in _REVERTED:
             bnext.append(name)
         elif kind in _CONVERTED:
             convertible.append(name)
-        elif "_fused" in vars(module):
-            bnext.append(name)
-            fused.append(name)
         elif _is_norm(module):
             left_alone[name] = _why_left_alone(module)
-    fusible, unfused = fusing.find(model) if fuse else ([], {})
+    fused = fusing.fused(model)
+    found, why = fusing.find(model) if fuse else (set(), {})
     return ConversionReport(
-        tuple(bnext), tuple(convertible), left_alone, tuple(fused), tuple(fusible), unfused
+        tuple(bnext),
+        tuple(convertible),
+        left_alone,
+        tuple(name for module, name in names.items() if module in fused),
+        tuple(name for module, name in names.items() if module in found - fused),
+        {names[module]: reason for module, reason in why.items()},
     )
 
 

@@ -1,68 +1,102 @@
-"""Finding what :func:`bnext.convert` can fuse: a batch norm, a residual addition, a ReLU.
+"""Fusing what :func:`bnext.convert` can: a batch norm, a residual addition, a ReLU.
+
+Batch norms and ReLUs stay as they are. What changes is who calls them: a module gets a subclass of
+its own class, whose ``forward`` calls `batch_norm_relu` where it called one after the other. That
+asks at each call what the two modules are by then.
 
 Each module's own ``forward`` is traced by torch.fx with all its children as leaves, so that one
-that cannot be traced costs nothing but its own fusions. Where the ReLU is a module that only this
-batch norm feeds, the two modules change class and no code changes. Else the module gets a subclass
-of its own class, whose ``forward`` is the traced code with the fused calls in it.
+that cannot be traced costs nothing but its own fusions. That of ``nn.Sequential`` needs no tracing.
 """
 
 import functools
 import importlib
-import inspect
+import itertools
 import operator
 import re
-import sys
 import types
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn.modules import module as hooks
 
 from bnext import modules
+from bnext._trace import IN_PLACE_OPERATORS, trace
 
-__all__ = ["Fusion", "FusedForward", "FusedReLU", "find", "fuse", "unfuse"]
+__all__ = ["FusedForward", "batch_norm_relu", "find", "fuse", "fused", "unfuse"]
 
-_ACT: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: modules.BatchNormAct1d,
-    nn.BatchNorm2d: modules.BatchNormAct2d,
-    nn.BatchNorm3d: modules.BatchNormAct3d,
-    modules.BatchNorm1d: modules.BatchNormAct1d,
-    modules.BatchNorm2d: modules.BatchNormAct2d,
-    modules.BatchNorm3d: modules.BatchNormAct3d,
-}
-_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
-    modules.BatchNormAct1d: modules.BatchNorm1d,
-    modules.BatchNormAct2d: modules.BatchNorm2d,
-    modules.BatchNormAct3d: modules.BatchNorm3d,
-}
+_OURS = {modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d}
+_FUSIBLE: set[type] = {*_OURS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
 _RELUS: set[Any] = {F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"}
 _ADDS: set[Any] = {operator.add, torch.add, "add"}
 _IN_PLACE_ADDS: set[Any] = {operator.iadd, "add_"}
 
 
-class FusedReLU(nn.ReLU):
-    """The place of a ReLU that the batch norm before it does: returns its input."""
+def batch_norm_relu(
+    bn: nn.Module,
+    relu: nn.Module | None,
+    input: Any,
+    residual: Any = None,
+    add_in_place: bool = False,
+) -> Tensor:
+    """Return ``relu(bn(input) + residual)``, in one pass where the modules are what was fused.
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Return the input."""
-        return input
+    Where another tool has put something else in their place, has hooks on them or overrides their
+    ``forward``, and where torch.fx traces the input, they are called one after the other.
+    """
+    if (
+        type(bn) in _OURS
+        and not _is_watched(bn)
+        and (relu is None or (type(relu) is nn.ReLU and not _is_watched(relu)))
+        and isinstance(input, Tensor)
+        and (residual is None or isinstance(residual, Tensor))
+        # Adding in place does not promote.
+        and (not add_in_place or cast(Tensor, residual).dtype == input.dtype)
+    ):
+        return cast(modules._BatchNorm, bn)._normalize(input, residual, True)
+    output = bn(input)
+    if residual is not None:
+        output = (operator.iadd if add_in_place else operator.add)(output, residual)
+    return F.relu(output) if relu is None else relu(output)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 class FusedForward:
     """First base of a module's class where its ``forward`` holds fused calls."""
 
     _original: type[nn.Module]
-    _source: str
-    _globals: dict[str, Any]
+    _recipe: tuple[Callable[..., type[nn.Module]], tuple[Any, ...]]  # what makes this class again
+    _fused: tuple[str, ...]  # the names of the batch norms
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        names = {k: _Module(v.__name__) if isinstance(v, types.ModuleType) else v
-                 for k, v in self._globals.items()}  # fmt: skip
-        return _new, (self._original, self._source, names), self.__dict__
+        return _new, self._recipe, *super().__reduce_ex__(protocol)[2:]
+
+
+def _new(make: Callable[..., type[nn.Module]], arguments: tuple[Any, ...]) -> nn.Module:
+    kind = make(*arguments)
+    return kind.__new__(kind)
+
+
+def _subclass(original: type[nn.Module], **contents: Any) -> type[nn.Module]:
+    names = ("__module__", "__qualname__", "__doc__")
+    contents |= {name: getattr(original, name) for name in names}
+    return type(original.__name__, (FusedForward, original), {**contents, "_original": original})
 
 
 @dataclass(frozen=True)
@@ -72,205 +106,175 @@ class _Module:
     name: str
 
 
-def _new(original: type[nn.Module], source: str, names: dict[str, Any]) -> nn.Module:
-    restored = {
-        k: importlib.import_module(v.name) if isinstance(v, _Module) else v
-        for k, v in names.items()
-    }
-    kind = _fused_class(original, source, tuple(restored.items()))  # type: ignore[arg-type]
-    return kind.__new__(kind)
-
-
 @functools.cache  # one class for all blocks that are alike, so that they compile once
-def _fused_class(original: type[nn.Module], source: str, names: tuple[Any, ...]) -> type[nn.Module]:
-    forward = fx.graph_module._forward_from_src(source, dict(names))
-    contents = {
-        "forward": forward,
-        "__module__": original.__module__,
-        "__qualname__": original.__qualname__,
-        "__doc__": original.__doc__,
-        "_original": original,
-        "_source": source,
-        "_globals": dict(names),
-    }
-    return type(original.__name__, (FusedForward, original), contents)
+def _fused_class(
+    original: type[nn.Module],
+    source: str,
+    scripted_source: str,
+    names: tuple[tuple[str, Any], ...],
+    fused: tuple[str, ...],
+) -> type[nn.Module]:
+    scope = {k: importlib.import_module(v.name) if isinstance(v, _Module) else v for k, v in names}
+    forward = fx.graph_module._forward_from_src(source, scope)
+    # What torch.jit.script compiles: it knows no function of modules.
+    scripted = fx.graph_module._forward_from_src(scripted_source, dict(scope))
+    forward.__wrapped__ = scripted  # type: ignore[attr-defined]
+    recipe = _fused_class, (original, source, scripted_source, names, fused)
+    return _subclass(original, forward=forward, _recipe=recipe, _fused=fused)
+
+
+@functools.cache
+def _fused_sequential(original: type[nn.Module]) -> type[nn.Module]:
+    recipe = _fused_sequential, (original,)
+    return _subclass(original, forward=_sequential_forward, _recipe=recipe)
+
+
+def _sequential_forward(self: nn.Sequential, input: Any) -> Any:
+    bn = None  # not called yet: the next module may be its ReLU
+    for module in self:
+        if bn is not None:
+            if type(module) is nn.ReLU:
+                input, bn = batch_norm_relu(bn, module, input), None
+                continue
+            input, bn = bn(input), None
+        if type(module) in _OURS:
+            bn = module
+        else:
+            input = module(input)
+    return input if bn is None else bn(input)
+
+
+_sequential_forward.__wrapped__ = nn.Sequential.forward  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
-class Fusion:
+class _Fusion:
     """Calls of a traced forward that become one: relu(bn(x)) or relu(bn(x) + residual)."""
 
     bn: fx.Node
     add: fx.Node | None
     relu: fx.Node
-    own_relu: nn.Module | None  # the ReLU's module, where nothing else calls it
 
     @property
     def residual(self) -> tuple[fx.Node, ...]:
         """The other summand, if there is one."""
-        return (
-            ()
-            if self.add is None
-            else tuple(n for n in self.add.all_input_nodes if n is not self.bn)
-        )
+        if self.add is None:
+            return ()
+        return tuple(n for n in self.add.all_input_nodes if n is not self.bn)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a module is to become, and which of the batch norms that it calls are fused then."""
+
+    kind: type[nn.Module]
+    called: set[nn.Module]
+    fused: set[nn.Module]
 
 
 def fuse(model: nn.Module) -> None:
     """Fuse in place what `find` finds in :attr:`model`."""
-    for module, graph, fusions in list(_plans(model, {})):
-        for fusion in fusions:
-            bn = module.get_submodule(str(fusion.bn.target))
-            bn.__class__ = _ACT[type(bn)]
-            vars(bn).update(act="relu", _fused=True)
-            if fusion.own_relu is not None:
-                fusion.own_relu.__class__ = FusedReLU
-        _rewrite(module, graph, [fusion for fusion in fusions if fusion.own_relu is None])
+    for module in [*model.modules()]:
+        if _is_parent(module) and isinstance(plan := _plan(module), _Plan) and plan.fused:
+            module.__class__ = plan.kind
 
 
 def unfuse(model: nn.Module) -> None:
     """Undo `fuse`."""
-    for module in list(model.modules()):
-        if isinstance(module, FusedForward):
-            module.__class__ = module._original  # type: ignore[assignment]
-        elif type(module) is FusedReLU:
-            module.__class__ = nn.ReLU  # type: ignore[assignment]
-        elif vars(module).pop("_fused", False):
-            del module.act
-            module.__class__ = _PLAIN[type(module)]
+    for module in [*model.modules()]:
+        module.__class__ = _own_class(module)
 
 
-def find(model: nn.Module) -> tuple[list[str], dict[str, str]]:
-    """The names of the batch norms that `fuse` would fuse, and why it would not for the others."""
-    why: dict[str, str] = {}
+def fused(model: nn.Module) -> set[nn.Module]:
+    """The batch norms that their callers fuse with a ReLU."""
+    found: set[nn.Module] = set()
+    for module in model.modules():
+        if not isinstance(module, FusedForward):
+            continue
+        if isinstance(module, nn.Sequential) and type(module).forward is _sequential_forward:
+            found |= {*_before_a_relu(module)}
+        else:
+            children = dict(module.named_modules(remove_duplicate=False))
+            found |= {children[name] for name in module._fused if name in children}
+    return {bn for bn in found if type(bn) in _OURS}
+
+
+def find(model: nn.Module) -> tuple[set[nn.Module], dict[nn.Module, str]]:
+    """The batch norms that `fuse` would fuse, or has fused, and why it does not the others."""
     names = {module: name for name, module in model.named_modules()}
-    found = []
-    for module, _, fusions in _plans(model, why):
-        found += [names[module.get_submodule(str(fusion.bn.target))] for fusion in fusions]
-    return found, why
-
-
-def _plans(
-    model: nn.Module, why: dict[str, str]
-) -> Iterator[tuple[nn.Module, fx.Graph, list[Fusion]]]:
-    """Every module whose forward holds something to fuse; `why` gets the names of the others."""
-    names = {module: name for name, module in model.named_modules()}
-    graphs = {
-        m: _trace(m)
-        for m in names
-        if type(m) not in _ACT
-        and type(m).forward is not nn.Module.forward  # ModuleList and the like
-        and any(type(c) in _ACT for c in m.modules())
-    }
-    # What two parents hold, or what is called twice, is somebody else's as well.
-    parents = Counter(child for m in names for child in m._modules.values() if child is not None)
-    calls: Counter[nn.Module] = Counter()
-    for module, graph in graphs.items():
-        if not isinstance(graph, str):
-            for node in graph.nodes:
-                if node.op == "call_module":
-                    calls[module.get_submodule(str(node.target))] += 1
-    uses = Counter({m: max(parents[m], calls[m]) for m in names})
+    why = {bn: "no forward that could be traced calls it" for bn in names if type(bn) in _FUSIBLE}
+    if model in why:
+        why[model] = "it is the model itself"
+    found = fused(model)
     for module, name in names.items():
-        if type(module) not in _ACT:
+        if not _is_parent(module):
             continue
-        why[name] = "no forward that could be traced calls it" if name else "it is the model itself"
-        if uses[module] > 1:
-            why[name] = "called from more than one place"
-    for module, graph in graphs.items():
-        children = [c for c in module.children() if names.get(c) in why]
-        if isinstance(graph, str):
-            for child in children:
-                why[names[child]] = f"forward of {names[module] or 'the model'} {graph}"
-            continue
-        fusions = []
-        for node in graph.nodes:
-            if node.op != "call_module":
-                continue
-            bn = module.get_submodule(str(node.target))
-            if type(bn) not in _ACT or why[names[bn]].startswith("called"):
-                continue
-            fusion = _match(node, module, uses)
-            if fusion is None:
-                why[names[bn]] = "no ReLU, nor an addition and a ReLU, alone takes its output"
-            elif type(module).forward is nn.Sequential.forward and fusion.own_relu is None:
-                # Its code stays as it is: slicing it and appending to it must go on working.
-                why[names[bn]] = "its ReLU, in a Sequential, is called from more than one place"
-            else:
-                del why[names[bn]]
-                fusions.append(fusion)
-        if fusions:
-            yield module, graph, fusions
+        plan = _plan(module)
+        if isinstance(plan, str):
+            reason = f"forward of {name or 'the model'} {plan}"
+            why |= {child: reason for child in module.children() if child in why}
+        else:
+            reason = "no ReLU, nor an addition and a ReLU, alone takes its output"
+            why |= dict.fromkeys(plan.called, reason)
+            found |= plan.fused
+    return found, {bn: reason for bn, reason in why.items() if bn not in found}
 
 
-class _Tracer(fx.Tracer):
-    """Traces one forward; whatever it calls is a leaf."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Everything is."""
-        return True
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Stand in for a node's value."""
-        return _Value(node, self)
+def _before_a_relu(module: nn.Module) -> Iterator[nn.Module]:
+    for bn, relu in itertools.pairwise(module.children()):
+        if type(bn) in _FUSIBLE and type(relu) is nn.ReLU:
+            yield bn
 
 
-class _Value(fx.Proxy):
-    """A proxy that passes for nothing but a tensor, and whose `+=` is not taken for `+`."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        # isinstance looks here. A forward that asks is not the same for every kind of argument.
-        if "isinstance" in sys._getframe(1).f_code.co_names and not _is_torchs(sys._getframe(1)):
-            raise fx.proxy.TraceError("asks for the type of a value")
-        return _Value
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    # That of the class itself: a subclass of a fused one is another tool's.
+    kind: type[nn.Module] = vars(type(module)).get("_original", type(module))
+    return kind
 
 
-def _is_torchs(frame: types.FrameType) -> bool:
-    return str(frame.f_globals.get("__name__", "")).startswith("torch.")
+def _is_parent(module: nn.Module) -> bool:
+    return (
+        type(module) not in _FUSIBLE
+        and any(type(child) in _FUSIBLE for child in module.modules())
+        and not issubclass(_own_class(module), FusedForward)
+        and type(module).forward is not nn.Module.forward  # ModuleList and the like
+    )
 
 
-def _in_place(target: Callable[..., Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", target, (self, other), {})
-
-    return method
-
-
-_IN_PLACE = {getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "imatmul")}
-for _target in _IN_PLACE:
-    setattr(_Value, f"__{_target.__name__}__", _in_place(_target))
-
-
-def _trace(module: nn.Module) -> fx.Graph | str:
-    """The graph of a module's own forward, or why there is none that holds for every call."""
-    if "forward" in vars(module):
-        return "is the instance's own"
-    parameters = inspect.signature(module.forward).parameters.values()
-    if any(p.default is not p.empty or p.kind is not p.POSITIONAL_OR_KEYWORD for p in parameters):
-        return "has optional arguments"
-    training, attributes = module.training, dict(vars(module))
-    graphs, texts = [], []
-    try:
-        for mode in (True, False):
-            module.training = mode
-            graphs.append(_Tracer().trace(module))
-            texts.append(str(graphs[-1]))
-    except Exception as error:  # whatever a user's forward makes of values that are not there
-        message = str(error).strip().partition("\n")[0]
-        return f"cannot be traced: {message or type(error).__name__}"
-    finally:
-        module.training = training
-        changed = vars(module).keys() ^ attributes.keys() or any(
-            vars(module)[k] is not v for k, v in attributes.items() if k != "training"
-        )
-        vars(module).clear()
-        vars(module).update(attributes)
-    if changed:
-        return "changes the module"
-    return graphs[0] if texts[0] == texts[1] else "differs between training and eval"
+def _plan(module: nn.Module) -> _Plan | str:
+    """What fusing makes of a module, or why its forward has to stay."""
+    if isinstance(module, fx.GraphModule):
+        return "is torch.fx's, which writes it anew: fuse the model before it is traced"
+    kind = _own_class(module)
+    if kind.forward is nn.Sequential.forward and "forward" not in vars(module):
+        called = {child for child in module.children() if type(child) in _FUSIBLE}
+        new = _fused_sequential(kind)  # type: ignore[arg-type]
+        return _Plan(new, called, {*_before_a_relu(module)})
+    graph = trace(module, kind)
+    if isinstance(graph, str):
+        return graph
+    scripted = graph.python_code("self")
+    called, targets, calls = set(), [], [n for n in graph.nodes if n.op == "call_module"]
+    for node in calls:
+        bn = module.get_submodule(str(node.target))
+        if type(bn) in _FUSIBLE:
+            called.add(bn)
+            if (fusion := _match(node, module)) is not None:
+                _rewrite(graph, fusion)
+                targets.append(str(node.target))
+    graph.lint()
+    code = graph.python_code("self")
+    used = {*re.findall(r"\w+", code.src + scripted.src)}
+    names = tuple(
+        (name, _Module(value.__name__) if isinstance(value, types.ModuleType) else value)
+        for name, value in {**scripted.globals, **code.globals}.items()
+        if name in used
+    )
+    new = _fused_class(kind, code.src, scripted.src, names, tuple(targets))  # type: ignore[arg-type]
+    return _Plan(new, called, {module.get_submodule(target) for target in targets})
 
 
-def _match(bn: fx.Node, module: nn.Module, uses: Counter[nn.Module]) -> Fusion | None:
+def _match(bn: fx.Node, module: nn.Module) -> _Fusion | None:
     if len(bn.args) != 1 or bn.kwargs:
         return None
     add, node = None, _only_user(bn)
@@ -291,17 +295,21 @@ def _match(bn: fx.Node, module: nn.Module, uses: Counter[nn.Module]) -> Fusion |
         if other is not add:
             between.append(other)
         other = other.next
-    if any(_mutates(other, module) and tensors & {*other.all_input_nodes} for other in between):
+    if any(_mutates(other, module, tensors) for other in between):
         return None  # all is read where the ReLU is called
-    relu = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-    return Fusion(bn, add, node, relu if relu and add is None and uses[relu] == 1 else None)
+    return _Fusion(bn, add, node)
 
 
-def _mutates(node: fx.Node, module: nn.Module) -> bool:
+def _mutates(node: fx.Node, module: nn.Module, tensors: set[fx.Node]) -> bool:
+    """Whether a call may change one of the tensors, or what a batch norm holds."""
     if node.op == "call_module":
-        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+        in_place = getattr(module.get_submodule(str(node.target)), "inplace", False)
+        return bool(in_place and tensors & {*node.all_input_nodes})
+    # Functions may do so through a view.
     name = node.target if isinstance(node.target, str) else node.target.__name__
-    return node.target in _IN_PLACE or name.endswith("_") or bool(node.kwargs.get("inplace"))
+    return (
+        node.target in IN_PLACE_OPERATORS or name.endswith("_") or bool(node.kwargs.get("inplace"))
+    )
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
@@ -318,19 +326,16 @@ def _is_relu(node: fx.Node, module: nn.Module) -> bool:
     return _calls(node, _RELUS)
 
 
-def _rewrite(module: nn.Module, graph: fx.Graph, fusions: list[Fusion]) -> None:
-    if not fusions:
-        return
-    for fusion in fusions:
-        with graph.inserting_before(fusion.relu):
-            call = graph.call_module(str(fusion.bn.target), (*fusion.bn.args, *fusion.residual))
-        fusion.relu.replace_all_uses_with(call)
-        for node in (fusion.relu, fusion.add, fusion.bn):
-            if node is not None:
-                graph.erase_node(node)
-    graph.lint()
-    code = graph.python_code("self")
-    used = {*re.findall(r"\w+", code.src)}
-    names = tuple((name, value) for name, value in code.globals.items() if name in used)
-    original = module._original if isinstance(module, FusedForward) else type(module)
-    module.__class__ = _fused_class(original, code.src, names)  # type: ignore[arg-type]
+def _rewrite(graph: fx.Graph, fusion: _Fusion) -> None:
+    with graph.inserting_before(fusion.relu):
+        relu = None
+        if fusion.relu.op == "call_module":
+            relu = graph.get_attr(str(fusion.relu.target))
+        bn = graph.get_attr(str(fusion.bn.target))
+        in_place = (True,) if fusion.add and _calls(fusion.add, _IN_PLACE_ADDS) else ()
+        arguments = (bn, relu, *fusion.bn.args, *fusion.residual, *in_place)
+        call = graph.call_function(batch_norm_relu, arguments)
+    fusion.relu.replace_all_uses_with(call)
+    for node in (fusion.relu, fusion.add, fusion.bn):
+        if node is not None:
+            graph.erase_node(node)
