@@ -346,8 +346,10 @@ class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
 
     .. warning::
         What replaces a batch norm by its type or attributes, such as
-        :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` (use :class:`bnext.SyncBatchNorm`'s)
-        and :func:`torch.nn.utils.fuse_conv_bn_eval`, takes this for one and drops the activation.
+        :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` (use :class:`bnext.SyncBatchNorm`'s),
+        :func:`torch.nn.utils.fuse_conv_bn_eval` or timm's ``freeze_batch_norm_2d``, takes this for
+        one and drops the activation. A batch norm that :func:`bnext.convert` fused with the ReLU
+        after it may be replaced: its caller notices.
 
     Example::
 
