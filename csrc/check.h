@@ -62,9 +62,9 @@ inline int32_t dtype_code(const Tensor& t) {
   return code;
 }
 
-// A dtype's name in torch's messages: Float, Long, ...
+// A dtype's name in torch's messages: Float, Long, ... (scalar_type() refuses the rare ones.)
 inline const char* type_name(const Tensor& t) {
-  return torch::headeronly::toString(t.scalar_type());
+  return torch::headeronly::toString(static_cast<ScalarType>(dtype_code(t)));
 }
 
 inline std::optional<DType> find_dtype(const Tensor& t) {
@@ -326,7 +326,7 @@ inline Tensor allocate_grad(const Tensor& param, const Input& x) {
 inline void check_counter(const OptionalTensor& t, const Input& x) {
   if (!t) return;
   check_device("num_batches_tracked", *t, x);
-  BNEXT_CHECK(t->scalar_type() == ScalarType::Long && t->numel() == 1,
+  BNEXT_CHECK(dtype_code(*t) == aoti_torch_dtype_int64() && t->numel() == 1,
               "num_batches_tracked: expected one int64 value (Long), got ", type_name(*t), " ",
               shape_string(*t));
 }
@@ -335,7 +335,7 @@ inline const uint8_t* check_mask(const OptionalTensor& t, const Input& x) {
   if (!t) return nullptr;
   check_device("relu_mask", *t, x);
   const Problem& p = x.problem;
-  BNEXT_CHECK(t->scalar_type() == ScalarType::Byte && is_dense(*t, false) &&
+  BNEXT_CHECK(dtype_code(*t) == aoti_torch_dtype_uint8() && is_dense(*t, false) &&
                   t->numel() == p.mask_rows() * p.mask_row_bytes(),
               "relu_mask: expected contiguous Byte [", p.mask_rows(), ", ", p.mask_row_bytes(),
               "], got ", is_dense(*t, false) ? "" : "strided ", type_name(*t), " ",
@@ -347,8 +347,8 @@ inline const double* check_save_stats(const OptionalTensor& t, const Input& x) {
   if (!t) return nullptr;
   check_device("save_stats", *t, x);
   const int64_t c = x.problem.c;
-  BNEXT_CHECK(t->scalar_type() == ScalarType::Double && is_dense(*t, false) && t->dim() == 2 &&
-                  t->sizes()[0] == 2 && t->sizes()[1] == c,
+  BNEXT_CHECK(dtype_code(*t) == aoti_torch_dtype_float64() && is_dense(*t, false) &&
+                  t->dim() == 2 && t->sizes()[0] == 2 && t->sizes()[1] == c,
               "save_stats: expected contiguous Double [2, ", c, "], got ",
               is_dense(*t, false) ? "" : "strided ", type_name(*t), " ", shape_string(*t));
   return static_cast<const double*>(t->const_data_ptr());

@@ -81,7 +81,8 @@ MUTATIONS: dict[str, Callable[[Tensor], Tensor | None]] = {
     **{
         str(dtype): lambda t, dtype=dtype: torch.empty_like(t, dtype=dtype)
         for dtype in (torch.int64, torch.int16, torch.uint8, torch.bool, torch.complex64,
-                      torch.float8_e4m3fn, torch.uint16, f16, f32, f64, bf16)
+                      torch.float8_e4m3fn, torch.uint16, torch.uint4, torch.bits8, f16, f32, f64,
+                      bf16)
     },
     "on another device": other_device,
     "scalar": lambda t: t.new_zeros(()),

@@ -60,9 +60,9 @@ WRONG: dict[str, Callable[[], Arguments]] = {
     },
     "input elsewhere": lambda: arguments(input=torch.ones(4, 3, 5, device="meta")),
     **{
-        f"{dtype} input": lambda dtype=dtype: arguments(input=torch.ones(4, 3, 5).to(dtype))
+        f"{dtype} input": lambda dtype=dtype: arguments(input=torch.empty(4, 3, 5, dtype=dtype))
         for dtype in (torch.int64, torch.int16, torch.uint8, torch.bool, torch.complex64,
-                      torch.complex128, torch.float8_e4m3fn, torch.uint16)
+                      torch.complex128, torch.float8_e4m3fn, torch.uint16, torch.uint4, torch.bits8)
     },
     **{
         f"{name} [1, C]": lambda name=name: arguments(**{name: torch.ones(1, 3)})

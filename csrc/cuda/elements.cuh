@@ -48,6 +48,7 @@ __device__ inline T from_compute(C x) {
 // The elements of one access. 2-byte elements stay in pairs, which take half the registers.
 template <class T, int V>
 struct alignas(sizeof(T) * V) Pack {
+  static_assert(kMaskBits % V == 0, "a byte of a mask holds the bits of whole packs");
   static constexpr bool kPairs = sizeof(T) == 2 && V > 1;
   using Unit = std::conditional_t<kPairs, unsigned, T>;
   Unit units[kPairs ? V / 2 : V];
@@ -120,10 +121,7 @@ __device__ inline bool passes_relu(C z) {
 
 // The threads whose items share a byte of the mask lie side by side (see RowItems, ColumnItems).
 template <int V>
-inline constexpr int kThreadsPerMaskByte = [] {
-  static_assert(kMaskBits % V == 0, "whole items share a byte");
-  return kMaskBits / V;
-}();
+inline constexpr int kThreadsPerMaskByte = kMaskBits / V;
 
 // The byte that the V bits of this thread and of its neighbours make up; whole warps call it.
 template <int V>
