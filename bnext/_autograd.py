@@ -59,6 +59,11 @@ def _backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
     return *grads[:3], grad_out if need_residual and not relu else grads[3], None
 
 
+def _needs_bias(weight: Tensor | None, bias: Tensor | None, relu: bool) -> bool:
+    """Whether backward reads the bias: its values for a ReLU's sign, or its shape."""
+    return relu or weight is None or (bias is not None and weight.dim() + bias.dim() != 2)
+
+
 def _refuse_gradients_of_statistics(running_mean: Tensor) -> None:
     name = "running_mean" if running_mean.requires_grad else "running_var"
     raise RuntimeError(
@@ -108,7 +113,7 @@ class BatchNormFunction(torch.autograd.Function):
                 or (running_var is not None and is_inference(running_var))
                 or (num_batches_tracked is not None and is_inference(num_batches_tracked))
             ):
-                saved = bias if relu or weight is None else None
+                saved = bias if _needs_bias(weight, bias, relu) else None
                 _refuse_inference_tensors(
                     num_batches_tracked, input, weight, saved, running_mean, running_var
                 )
@@ -119,7 +124,7 @@ class BatchNormFunction(torch.autograd.Function):
             # Nothing that backward does without, since all of this may change before it: not the
             # output, nor the running statistics, nor the bias but for the sign of a ReLU.
             ctx.save_for_backward(
-                input, weight, bias if relu or weight is None else None, relu_mask, save_stats,
+                input, weight, bias if _needs_bias(weight, bias, relu) else None, relu_mask, save_stats,
                 None, None,
             )  # fmt: skip
         else:
@@ -128,7 +133,7 @@ class BatchNormFunction(torch.autograd.Function):
                 relu and residual is not None,
             )  # fmt: skip
             ctx.save_for_backward(
-                input, weight, bias if relu or weight is None else None, relu_mask, None,
+                input, weight, bias if _needs_bias(weight, bias, relu) else None, relu_mask, None,
                 running_mean, running_var,
             )  # fmt: skip
         ctx.set_materialize_grads(False)
@@ -180,7 +185,7 @@ class _TracedFunction(torch.autograd.Function):
         _, save_stats, relu_mask = output
         if training:
             running_mean = running_var = None
-        if not relu and weight is not None:
+        if not _needs_bias(weight, bias, relu):
             bias = None
         ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
         if not relu or residual is None:

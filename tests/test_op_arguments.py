@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import bnext  # noqa: F401  (registers the ops)
+import bnext
 import reference
 
 train = torch.ops.bnext.batch_norm_train.default
@@ -286,3 +286,26 @@ def test_the_negative_bit(training, which) -> None:
     expected = torchs(training, theirs)
     torch.testing.assert_close(ours(training, {**values, which: view}), expected)
     torch.testing.assert_close(view, theirs[which])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("relu", [False, True], ids=["", "relu"])
+@pytest.mark.parametrize("bias_shape", [(3,), (1, 3), (3, 1), (1, 3, 1, 1)], ids=str)
+@pytest.mark.parametrize("weight_shape", [(3,), (1, 3), (3, 1)], ids=str)
+def test_gradients_have_the_shapes_of_their_parameters(
+    weight_shape, bias_shape, relu, training
+) -> None:
+    weight, bias = torch.rand(3), torch.randn(3)
+    x, dy = torch.randn(2, 4, 3, 5)
+    stats = None if training else (torch.zeros(3), torch.ones(3))
+    leaves = [weight.view(weight_shape).requires_grad_(), bias.view(bias_shape).requires_grad_()]
+    y = bnext.functional.batch_norm_act(
+        x, *(stats or (None, None)), *leaves, None, training, act="relu" if relu else None
+    )
+    grads = torch.autograd.grad(y, leaves, dy)
+    expected = reference.backward(
+        torch.where(y > 0, dy, 0) if relu else dy, x, weight.detach(), stats
+    )
+    for leaf, grad, value in zip(leaves, grads, (expected.weight, expected.bias), strict=True):
+        assert grad.shape == leaf.shape
+        torch.testing.assert_close(grad.double().view(3), value, rtol=1e-5, atol=1e-5)
