@@ -1,5 +1,6 @@
 """First derivatives against section 3 of the paper: all inputs, layouts, dtypes, every subset."""
 
+import math
 from itertools import product
 
 import pytest
@@ -282,3 +283,23 @@ def test_second_derivative_for_an_absent_weight_is_refused(training) -> None:
             case.x, None, None, None, case.grad_out, case.x, None, None, None, saved, *stats, 1e-5,
             False, True, True, True,
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("shape", [(0, 300), (2, 300, 0), (0, 300, 2, 2)])
+def test_parameter_gradients_of_an_empty_input_are_zero(shape, training, device) -> None:
+    """Fresh memory is full of an earlier tensor's NaNs: a gradient not written shows."""
+    case = make(shape, device=device)
+    x, weight, bias = (leaf(t) for t in (case.x, case.weight, case.bias))
+    grad_out = leaf(case.grad_out)
+    y = batch_norm(x, *case.stats, weight, bias, training)
+    grads = ()
+    for _ in range(4):
+        poison = [torch.full((300,), math.nan, device=device) for _ in range(8)]
+        del poison
+        first = torch.autograd.grad(y, (x, weight, bias), grad_out, create_graph=True)
+        poison = [torch.full((300,), math.nan, device=device) for _ in range(8)]
+        del poison
+        second = torch.autograd.grad(first[0].sum(), weight, retain_graph=True)
+        grads = (*grads, *first[1:], *second)
+    assert all(torch.equal(g, torch.zeros_like(g)) for g in grads)

@@ -227,6 +227,25 @@ def test_parameters_of_any_stride(device) -> None:
     assert not stats[::2].eq(0).any() and stats[1::2].eq(0).all()
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_var"])
+def test_dtypes_that_go_together(name, training, device) -> None:
+    """The input's own, or float32 with 16-bit inputs; else an error that names the argument."""
+    dtypes = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+    for input_dtype in dtypes:
+        for dtype in dtypes:
+            case = make((4, 3, 5), dtypes=(input_dtype,) * 3, device=device)
+            setattr(case, name, getattr(case, name).to(dtype))
+            before = [t.clone() for t in case.stats]
+            args = (case.x, *case.stats, case.weight, case.bias, training)
+            if dtype is input_dtype or (dtype is torch.float32 and input_dtype.itemsize == 2):
+                assert batch_norm(*args).dtype is input_dtype
+                continue
+            with pytest.raises(RuntimeError, match=name):
+                batch_norm(*args)
+            assert all(map(torch.equal, case.stats, before))
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0), (2, 3, 4, 0), (0, 3, 2, 2, 2)])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_empty_batch_is_torchs(shape, training, device) -> None:
