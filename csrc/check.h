@@ -43,12 +43,14 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
-// Calls a shim function and keeps the text of its error, which torch's own macro drops below 2.13:
-// a user must be able to read that memory ran out.
-#define BNEXT_SHIM(call)                                                                       \
-  BNEXT_CHECK((call) == AOTI_TORCH_SUCCESS, torch_exception_get_what_without_backtrace         \
-                                                ? torch_exception_get_what_without_backtrace() \
-                                                : #call " failed (out of memory?)")
+// What the shim function that was called last said; torch's own macros drop it below 2.13. A user
+// must be able to read that memory ran out.
+inline const char* shim_error() {
+  return torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace()
+                                                    : "a call into torch failed (out of memory?)";
+}
+
+#define BNEXT_SHIM(call) BNEXT_CHECK((call) == AOTI_TORCH_SUCCESS, ::bnext::shim_error())
 
 inline std::string shape_string(const Tensor& t) {
   std::string s = "[";
@@ -154,7 +156,11 @@ inline Tensor as_dense(const Tensor& t, bool channels_last) {
   const auto format = !channels_last ? MemoryFormat::Contiguous
                       : t.dim() == 4 ? MemoryFormat::ChannelsLast
                                      : MemoryFormat::ChannelsLast3d;
-  return torch::stable::contiguous(t, format);
+  try {
+    return torch::stable::contiguous(t, format);
+  } catch (const std::exception&) {  // it names a header of torch's
+    fail("bnext: a dense copy of ", shape_string(t), ": ", shim_error());
+  }
 }
 
 // The input of an op and the problem it poses.

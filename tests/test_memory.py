@@ -97,16 +97,10 @@ for name, call in calls.items():
     counted = train.num_batches_tracked - before["train.num_batches_tracked"]
     assert counted == name.startswith("train"), name
 """
-STRIDED = pytest.param(
-    "strided",
-    marks=pytest.mark.xfail(
-        raises=AssertionError, reason="torch::stable::contiguous drops the text of its error"
-    ),
-)
 
 
 @pytest.mark.skipif("libasan" in os.environ.get("LD_PRELOAD", ""), reason="ASan aborts instead")
-@pytest.mark.parametrize("layout", ["dense", STRIDED])
+@pytest.mark.parametrize("layout", ["dense", "strided"])
 def test_a_call_that_runs_out_of_memory_raises_and_changes_nothing(layout) -> None:
     """With ever more memory until it is enough: each allocation is the one that fails once."""
     run(OUT_OF_MEMORY.replace("LAYOUT", layout))

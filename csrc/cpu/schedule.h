@@ -8,6 +8,9 @@
 #include <cstring>
 #include <initializer_list>
 #include <memory>
+#include <new>
+#include <stdexcept>
+#include <string>
 
 #include "../batch_norm.h"
 #include "../epilogue.h"
@@ -68,7 +71,11 @@ template <class T>
 class Arrays {
  public:
   Arrays(int64_t arrays, int64_t length)
-      : length_(length + kLanePadding), data_(new T[arrays * length_]()) {}
+      : length_(length + kLanePadding), data_(new (std::nothrow) T[arrays * length_]()) {
+    if (!data_)
+      throw std::runtime_error("bnext: not enough memory: you tried to allocate " +
+                               std::to_string(arrays * length_ * sizeof(T)) + " bytes.");
+  }
   T* operator[](int64_t i) { return data_.get() + i * length_; }
 
  private:
