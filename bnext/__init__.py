@@ -19,12 +19,13 @@ from bnext.modules import (
 )
 
 if TYPE_CHECKING:
-    from bnext import introspect
+    from bnext import introspect, verify
     from bnext.introspect import Explanation, build_info, explain
 
 __version__ = "0.1.0"
 
-_LAZY = ("Explanation", "build_info", "explain", "introspect")
+_LAZY_MODULES = ("introspect", "verify")
+_LAZY = ("Explanation", "build_info", "explain", *_LAZY_MODULES)
 
 __all__ = [
     "BatchNorm1d",
@@ -46,14 +47,16 @@ __all__ = [
     "functional",
     "introspect",
     "revert",
+    "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
     # Imported when asked for: `python -m bnext.introspect` would find itself imported already.
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f"bnext.{name}")
     if name in _LAZY:
-        introspect = importlib.import_module("bnext.introspect")
-        return introspect if name == "introspect" else getattr(introspect, name)
+        return getattr(importlib.import_module("bnext.introspect"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -324,11 +324,11 @@ def test_version_counters_of_buffers_are_torchs(training, device) -> None:
         assert (a._version > 0) == (b._version > 0), name
 
 
-@pytest.mark.parametrize("name", ["introspect", "explain", "build_info", "Explanation"])
+@pytest.mark.parametrize("name", ["introspect", "verify", "explain", "build_info", "Explanation"])
 def test_what_is_imported_late_is_there_from_the_start(name) -> None:
     program = (
         f"import bnext, types; assert {name!r} in dir(bnext); value = bnext.{name}; "
-        f"assert isinstance(value, types.ModuleType) == ({name!r} == 'introspect')"
+        f"assert isinstance(value, types.ModuleType) == ({name!r} in ('introspect', 'verify'))"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
