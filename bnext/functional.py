@@ -482,6 +482,12 @@ def _traced(
     eps: float,
     relu: bool,
 ) -> Tensor:
+    if not (isinstance(momentum, float | int | None) and isinstance(eps, float | int)):
+        # NumPy's scalars and tensors, which have no value yet: torch takes them, or refuses.
+        return compose(
+            input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
+            training, momentum, eps, relu,
+        )  # fmt: skip
     _check_values(input, running_mean, running_var, training, momentum, eps)
     if is_grad_enabled():
         refuse_gradients_of_statistics(running_mean, running_var)

@@ -6,6 +6,7 @@ graph, is asked only for what is its own.
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -258,3 +259,18 @@ def test_errors_are_the_same_under_compile() -> None:
     compiled = torch.compile(bnext.BatchNorm2d(4), backend="aot_eager", fullgraph=True)
     with pytest.raises(Exception, match=r"more than 1 value per channel"):
         compiled(torch.randn(1, 4, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "number", [np.float64(0.25), np.float32(0.25), torch.tensor(0.25)], ids=repr
+)
+@pytest.mark.parametrize("name", ["momentum", "eps"])
+def test_numbers_that_dynamo_makes_tensors_of(name, number) -> None:
+    x, results = torch.randn(4, 3, 5), []
+    for package in (bnext, torch.nn):
+        torch._dynamo.reset()
+        module = package.BatchNorm1d(3)
+        setattr(module, name, number)
+        y = torch.compile(module, backend="aot_eager")(x)
+        results.append((y, *module.buffers()))
+    torch.testing.assert_close(*results)
