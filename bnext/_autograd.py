@@ -124,8 +124,8 @@ class BatchNormFunction(torch.autograd.Function):
             # Nothing that backward does without, since all of this may change before it: not the
             # output, nor the running statistics, nor the bias but for the sign of a ReLU.
             ctx.save_for_backward(
-                input, weight, bias if _needs_bias(weight, bias, relu) else None, relu_mask, save_stats,
-                None, None,
+                input, weight, bias if _needs_bias(weight, bias, relu) else None, relu_mask,
+                save_stats, None, None,
             )  # fmt: skip
         else:
             output, relu_mask = EAGER.inference(
