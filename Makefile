@@ -44,13 +44,11 @@ bnext: $(TORCH) and what this target needs go into $(VENV), then the C++ is comp
 endef
 export ANNOUNCEMENT
 
-$(VENV)/bin/python:
-	@$(PYTHON) -c "$$CHECK_PYTHON"
-	$(PYTHON) -m venv $(VENV)
-
 # What the build needs: torch last, since only it takes long.
-$(VENV)/ready: pyproject.toml $(VENV)/torch-choice | $(VENV)/bin/python
+$(VENV)/ready: pyproject.toml $(VENV)/torch-choice
+	@$(PYTHON) -c "$$CHECK_PYTHON"
 	$(if $(filter %/torch-choice,$?),@echo "$$ANNOUNCEMENT")
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	python -m pip install "setuptools>=77" "pybind11>=2.13" ninja
 	@python -c "import setup; setup.check_tools()"
 	python -m pip install "$(TORCH)"

@@ -265,3 +265,46 @@ def test_the_build_sees_whether_torch_has_cuda(tmp_path, monkeypatch, line, cuda
     (tmp_path / "torch" / "version.py").write_text(f"__version__ = '3.0.0'\n{line}\n")
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert _backend.find_torch() == _backend.Torch(tmp_path / "torch", "3.0.0", cuda)
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    if not shutil.which("make"):
+        pytest.skip("needs make")
+    environment = {k: v for k, v in os.environ.items() if k not in ("TORCH", "VENV", "PYTHON")}
+    command = ["make", "--no-print-directory", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("target", "extras"),
+    [("build", []), ("demo", ["bench"]), ("test", ["test"]), ("lint", ["lint"])],
+)
+def test_make_installs_what_the_target_needs(tmp_path, target, extras) -> None:
+    (torch_choice,) = make("-s", "torch").stdout.split()
+    assert re.fullmatch(r"torch==\d+\.\d+\.\d+", torch_choice)
+    steps = make("-n", target, f"VENV={tmp_path}/venv").stdout
+    assert f'pip install "{torch_choice}"' in steps
+    assert re.findall(r'pip install --no-build-isolation -e "\.\[(.*)\]"', steps) == extras
+    assert " -q" not in re.sub(r"setup\.py -q|sed.*", "", steps), "nothing hides for minutes"
+
+
+def test_make_says_what_will_happen_before_it_does(tmp_path) -> None:
+    python = script(tmp_path / "python", '[ "$1" = -c ] || { echo "this is $*"; exit 1; }')
+    result = make("build", f"VENV={tmp_path}/venv", f"PYTHON={python}", "TORCH=torch==3.0.0")
+    before, _ = result.stdout.split("this is -m venv")
+    assert before.startswith("bnext: torch==3.0.0") and "GB" in before and "minute" in before
+
+
+@pytest.mark.parametrize(
+    ("lacks", "message"),
+    [
+        ("sys.version_info = (3, 8)", "needs Python 3.10 or newer, and {python} is 3.8"),
+        ("sys.modules['ensurepip'] = None", "apt install python3-venv"),
+    ],
+)
+def test_make_says_what_python_lacks(tmp_path, lacks, message) -> None:
+    program = f"import sys; {lacks}; exec(sys.argv[1])"
+    python = script(tmp_path / "python", f'exec {sys.executable} -c "{program}" "$2"')
+    result = make("build", f"VENV={tmp_path}/venv", f"PYTHON={python}")
+    assert result.returncode and message.format(python=python) in result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "venv" / "bin").exists()
