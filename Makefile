@@ -51,7 +51,7 @@ $(VENV)/ready: pyproject.toml $(VENV)/torch-choice
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	python -m pip install "setuptools>=77" "pybind11>=2.13" ninja
 	@python -c "import setup; setup.check_tools()"
-	python -m pip install "$(TORCH)"
+	python -m pip install --upgrade "$(TORCH)"
 	@touch $@
 
 build: $(VENV)/ready

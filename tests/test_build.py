@@ -283,7 +283,7 @@ def test_make_installs_what_the_target_needs(tmp_path, target, extras) -> None:
     (torch_choice,) = make("-s", "torch").stdout.split()
     assert re.fullmatch(r"torch==\d+\.\d+\.\d+", torch_choice)
     steps = make("-n", target, f"VENV={tmp_path}/venv").stdout
-    assert f'pip install "{torch_choice}"' in steps
+    assert f'pip install --upgrade "{torch_choice}"' in steps
     assert re.findall(r'pip install --no-build-isolation -e "\.\[(.*)\]"', steps) == extras
     assert " -q" not in re.sub(r"setup\.py -q|sed.*", "", steps), "nothing hides for minutes"
 
