@@ -40,13 +40,14 @@ bnext: $(TORCH) and what this target needs go into $(VENV), then the C++ is comp
   torch    from PyPI for x86-64 with the libraries of CUDA: 2.6 GB to download, 4.8 GB on disk;
            a build for the CPU alone, where pip is given an index with one: 0.2 and 0.7 GB
   others   0.1 GB for the demo, 0.2 GB for the tests
-  compile  about a minute on 2 cores; then the demo takes 1 minute, the tests 7
+  compile  a minute on 2 cores, another where there is a GPU and nvcc; then the demo takes 1 minute,
+           the tests 7
 endef
 export ANNOUNCEMENT
 
 # What the build needs: torch last, since only it takes long.
 $(VENV)/ready: pyproject.toml $(VENV)/torch-choice
-	@$(PYTHON) -c "$$CHECK_PYTHON"
+	@test -x $(VENV)/bin/pip || $(PYTHON) -c "$$CHECK_PYTHON"
 	$(if $(filter %/torch-choice,$?),@echo "$$ANNOUNCEMENT")
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	python -m pip install "setuptools>=77" "pybind11>=2.13" ninja

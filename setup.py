@@ -28,7 +28,6 @@ import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
-from itertools import dropwhile, takewhile
 from pathlib import Path
 
 try:
@@ -117,7 +116,7 @@ def probe_cuda() -> Cuda:
     # empty file also shows whether it accepts the host compiler.
     probe = run([nvcc, *host_compiler(), "-std=c++20", "-v", "-E", "-x", "cu", os.devnull])
     if probe.returncode:
-        return Cuda(f"{nvcc} does not work: {(probe.stderr.strip().splitlines() or ['?'])[-1]}")
+        return Cuda(f"{nvcc} does not work: {complaint(probe)}")
     settings = dict(re.findall(r"^#\$ (\w+)=(.*)$", probe.stderr, re.M))
     version = re.search(r"\bV([\d.]+)", run([nvcc, "--version"]).stdout)
     includes = shlex.split(settings.get("INCLUDES", ""))
@@ -154,11 +153,11 @@ def gpu_archs() -> list[str]:
 
 def host_compiler() -> list[str]:
     """The options that make nvcc use the user's compiler, e.g. `ccache clang++ -stdlib=libc++`."""
-    if not words("CXX"):
+    command = words("CXX")
+    if not command:
         return []
-    *_, program = takewhile(lambda word: not word.startswith("-"), words("CXX"))
-    options = dropwhile(lambda word: not word.startswith("-"), words("CXX"))
-    return ["-ccbin", program, *map(for_host_compiler, options)]
+    options = [word.startswith("-") for word in [*command, "-"]].index(True)
+    return ["-ccbin", command[options - 1], *map(for_host_compiler, command[options:])]
 
 
 def for_host_compiler(option: str) -> str:
@@ -169,6 +168,11 @@ def for_host_compiler(option: str) -> str:
 
 def run(command: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, input=text, capture_output=True, text=True)
+
+
+def complaint(failed: subprocess.CompletedProcess[str]) -> str:
+    lines = failed.stderr.strip().splitlines() or ["it says nothing"]
+    return next((line for line in lines if re.match("[^#].*(error|fatal)", line)), lines[-1])
 
 
 def words(variable: str) -> list[str]:
@@ -196,9 +200,7 @@ def check_tools() -> None:
         flags = ["-std=c++20", *words("CFLAGS"), *words("CXXFLAGS"), "-isystem", include]
         probe = run([*cxx(), *flags, "-fsyntax-only", "-x", "c++", "-"], f"#include <{header}>\n")
         if probe.returncode:
-            lines = probe.stderr.splitlines() or ["no message"]
-            said = next((line for line in lines if "error" in line), lines[-1])
-            raise SystemExit(f"bnext: {missing} ({said}). {TOOLS}")
+            raise SystemExit(f"bnext: {missing} ({complaint(probe)}). {TOOLS}")
 
 
 def max_jobs() -> str:

@@ -175,6 +175,15 @@ def test_cuda_is_built_where_it_can_be_used(
         setup.find_cuda(_backend.Torch(tmp_path, "3.0.0", cuda))
 
 
+def test_what_nvcc_complains_of_is_passed_on(setup, monkeypatch, tmp_path) -> None:
+    text = "#$ g++ -Werror\ng++: error: no such option\n# --error 0x1 --"
+    script(tmp_path / "nvcc", f"echo '{text}' >&2; exit 1")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert (
+        setup.probe_cuda().missing == f"{tmp_path}/nvcc does not work: g++: error: no such option"
+    )
+
+
 @pytest.mark.parametrize(
     ("cxx", "options"),
     [
