@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-try:
-    from bnext import _C
-except ImportError as error:
-    raise ImportError(
-        f"bnext's compiled part (bnext._C) cannot be loaded: {error}. It is built when bnext is "
-        "installed: run `pip install .` (`pip install -e .` to develop) in a checkout of bnext, "
-        f"with this Python and torch >= 2.11 in its environment (found torch {torch.__version__})."
-    ) from error
+from bnext._extension import _C
 
 from bnext._check import (
     Input,
