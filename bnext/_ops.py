@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from bnext._extension import _C
-
 from bnext._check import (
     Input,
     check_any_statistics,
@@ -24,6 +22,7 @@ from bnext._check import (
     dense_strides,
     fail,
 )
+from bnext._extension import _C
 
 __all__ = ["DEVICES", "DOUBLE_BACKWARD_DEVICES", "EAGER", "TRACED", "_C"]
 
