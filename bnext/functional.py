@@ -312,13 +312,44 @@ def _detour(
         # is exported is for others, which only know ATen's.
         exporting = torch.compiler.is_exporting() or (ahead_of_time and _exports_ahead_of_time())
         if not training or transformed or exporting:
-            return compose
+            return _counted_first
         return _traced if compiling else None
     if transformed:
         grad = torch._C._functorch.TransformType.Grad
         stack = torch._C._functorch.get_interpreter_stack() or []
         return _traced if all(level.key() == grad for level in stack) else compose
     return None
+
+
+def _counted_first(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """`compose` with torch.nn's operations in their order, for passes over the graph."""
+    if num_batches_tracked is not None:
+        momentum = count(num_batches_tracked, momentum)
+    return compose(
+        input,
+        weight,
+        bias,
+        residual,
+        running_mean,
+        running_var,
+        None,
+        training,
+        momentum,
+        eps,
+        relu,
+    )
 
 
 def _exports_ahead_of_time() -> bool:
