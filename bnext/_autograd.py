@@ -64,12 +64,14 @@ def _needs_bias(weight: Tensor | None, bias: Tensor | None, relu: bool) -> bool:
     return relu or weight is None or (bias is not None and weight.dim() + bias.dim() != 2)
 
 
-def _refuse_gradients_of_statistics(running_mean: Tensor) -> None:
-    name = "running_mean" if running_mean.requires_grad else "running_var"
-    raise RuntimeError(
-        "The function 'native_batch_norm' is not differentiable with respect to argument "
-        f"'{name}'. This input cannot have requires_grad True."
-    )
+def refuse_gradients_of_statistics(running_mean: Tensor | None, running_var: Tensor | None) -> None:
+    """Raise torch's error where a running statistic asks for a gradient."""
+    for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
+        if tensor is not None and tensor.requires_grad:
+            raise RuntimeError(
+                "The function 'native_batch_norm' is not differentiable with respect to argument "
+                f"'{name}'. This input cannot have requires_grad True."
+            )
 
 
 def _refuse_inference_tensors(counter: Tensor | None, *saved: Tensor | None) -> None:
@@ -102,8 +104,10 @@ class BatchNormFunction(torch.autograd.Function):
         """Run the op and save for backward."""
         output: Tensor
         running_mean, running_var, num_batches_tracked, training, momentum, eps, relu = rest
-        if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
-            _refuse_gradients_of_statistics(running_mean)
+        if (running_mean is not None and running_mean.requires_grad) or (
+            running_var is not None and running_var.requires_grad
+        ):
+            refuse_gradients_of_statistics(running_mean, running_var)
         if training:
             if (
                 is_inference(input)

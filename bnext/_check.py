@@ -160,9 +160,10 @@ def _check_per_channel(name: str, tensor: Tensor, x: Input) -> None:
     )
     half = x.tensor.dtype in (torch.bfloat16, torch.float16)
     if tensor.dtype != x.tensor.dtype and not (half and tensor.dtype == torch.float32):
+        same = "torch: mixed dtype (CPU): all inputs must share same datatype. Or: "
         fail(
             f"{name}: expected scalar type {type_name(x.tensor)} but found {type_name(tensor)} "
-            f"({'or Float; ' if half else ''}torch: mixed dtype (CPU): expect parameter to have "
+            f"({'or Float; torch: ' if half else same}mixed dtype (CPU): expect parameter to have "
             "scalar type of Float)"
         )
 

@@ -83,10 +83,10 @@ def _fake_train(
     save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     x = check_input(input)
-    check_param("weight", weight, x)
-    check_param("bias", bias, x)
     check_statistic("running_mean", running_mean, x)
     check_statistic("running_var", running_var, x)
+    check_param("weight", weight, x)
+    check_param("bias", bias, x)
     check_counter(num_batches_tracked, x)
     if residual is not None:
         check_like_input("residual", residual, x)
@@ -106,10 +106,10 @@ def _fake_inference(
     save_mask: bool,
 ) -> tuple[Tensor, Tensor | None]:
     x = check_input(input)
-    check_param("weight", weight, x)
-    check_param("bias", bias, x)
     check_statistic("running_mean", running_mean, x, evaluates=True)
     check_statistic("running_var", running_var, x, evaluates=True)
+    check_param("weight", weight, x)
+    check_param("bias", bias, x)
     if residual is not None:
         check_like_input("residual", residual, x)
     return _output(x), _mask(x, relu, residual) if save_mask else None

@@ -20,7 +20,13 @@ from torch.fx import Proxy
 from torch.overrides import has_torch_function_variadic
 from torch.utils._python_dispatch import _detect_infra_mode
 
-from bnext._autograd import BatchNormFunction, apply, is_inference, traced_apply
+from bnext._autograd import (
+    BatchNormFunction,
+    apply,
+    is_inference,
+    refuse_gradients_of_statistics,
+    traced_apply,
+)
 from bnext._ops import _C, DEVICES, EAGER
 
 __all__ = ["BatchNormFunction", "batch_norm", "batch_norm_act"]
@@ -420,6 +426,7 @@ def _has_kernels(tensor: Tensor) -> bool:
         type(tensor) in _NATIVE_TYPES
         and tensor.device.type in DEVICES
         and tensor.layout is torch.strided
+        and not (tensor.is_nested or tensor.is_quantized)
     )
 
 
@@ -441,15 +448,24 @@ def count(num_batches_tracked: Tensor, momentum: float | None) -> float:
 @contextmanager
 def undone_on_error(*state: Tensor | None) -> Iterator[None]:
     """Give running statistics and counter their values back where a call does not succeed."""
-    before = [(t, t.detach().clone()) for t in state if t is not None]
+    before = [(t, t.detach().clone()) for t in state if t is not None and _has_values(t)]
     try:
         yield
     except BaseException:
         with torch.no_grad():
             for tensor, value in before:
-                if not (tensor.is_meta or torch.equal(tensor, value)):
+                if not torch.equal(tensor, value):
                     tensor.copy_(value)
         raise
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether a batch norm may have written to a tensor, and its values can be compared."""
+    return (
+        tensor.layout is torch.strided
+        and not (tensor.is_meta or tensor.is_nested or isinstance(tensor, FakeTensor))
+        and not (isinstance(tensor, FunctionalTensor) or transforms_active())
+    )
 
 
 def compose(
@@ -502,6 +518,8 @@ def _traced(
     relu: bool,
 ) -> Tensor:
     _check_values(input, running_mean, running_var, training, momentum, eps)
+    if is_grad_enabled():
+        refuse_gradients_of_statistics(running_mean, running_var)
     if num_batches_tracked is not None and not is_native_counter(num_batches_tracked, input):
         momentum = count(num_batches_tracked, momentum)
         num_batches_tracked = None

@@ -79,6 +79,8 @@ def add_by_its_rules(
     if torch.compiler.is_compiling():  # which would have refused it by now
         output = norm(input) + residual
     else:
+        # The usual reason to refuse, in torch's words: within a transform nothing can be undone.
+        torch._C._infer_size(input.shape, residual.shape)
         with undone_on_error(*state):
             output = norm(input) + residual
     return output.relu() if relu else output

@@ -24,10 +24,10 @@ struct Ops {
     x.problem.residual = residual.has_value();
     x.problem.has_mask = relu && residual && save_mask;
     ForwardArgs args{};
-    args.weight = check_param("weight", weight, x);
-    args.bias = check_param("bias", bias, x);
     check_statistic("running_mean", running_mean, x);
     check_statistic("running_var", running_var, x);
+    args.weight = check_param("weight", weight, x);
+    args.bias = check_param("bias", bias, x);
     check_counter(num_batches_tracked, x);
     const OptionalTensor z =
         residual ? OptionalTensor(check_like_input("residual", *residual, x)) : std::nullopt;
@@ -65,10 +65,10 @@ struct Ops {
     x.problem.residual = residual.has_value();
     x.problem.has_mask = relu && residual && save_mask;
     ForwardArgs args{};
-    args.weight = check_param("weight", weight, x);
-    args.bias = check_param("bias", bias, x);
     args.frozen_mean = check_eval_statistic("running_mean", running_mean, x);
     args.frozen_var = check_eval_statistic("running_var", running_var, x);
+    args.weight = check_param("weight", weight, x);
+    args.bias = check_param("bias", bias, x);
     const OptionalTensor z =
         residual ? OptionalTensor(check_like_input("residual", *residual, x)) : std::nullopt;
 

@@ -281,8 +281,10 @@ inline DType check_per_channel(const char* name, const Tensor& t, const Input& x
   const std::optional<DType> dtype = find_dtype(t);
   const bool half = element_size(input) == 2;
   BNEXT_CHECK(dtype == input || (half && dtype == DType::kFloat32), name, ": expected scalar type ",
-              type_name(x.tensor), " but found ", type_name(t), " (", half ? "or Float; " : "",
-              "torch: mixed dtype (CPU): expect parameter to have scalar type of Float)");
+              type_name(x.tensor), " but found ", type_name(t), " (",
+              half ? "or Float; torch: "
+                   : "torch: mixed dtype (CPU): all inputs must share same datatype. Or: ",
+              "mixed dtype (CPU): expect parameter to have scalar type of Float)");
   return *dtype;
 }
 

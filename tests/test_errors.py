@@ -161,6 +161,8 @@ def test_one_running_statistic_alone_in_training(which, requires_grad) -> None:
     """Not torch's to define (it crashed on it): either refused or the given one is right."""
     kwargs = arguments(**{which: None})
     other = "running_var" if which == "running_mean" else "running_mean"
+    empty = outcome(batch_norm, {**kwargs, "input": torch.randn(0, 3, requires_grad=requires_grad)})
+    assert empty is None
     theirs = outcome(F.batch_norm, arguments(**{which: None}))
     before = kwargs[other].clone()
     kwargs["input"].requires_grad_(requires_grad)
@@ -188,6 +190,25 @@ def test_running_statistics_that_require_grad(names, input_grad, training) -> No
             assert outcome(function, kwargs) is None
     assert type(outcomes[0]) is type(outcomes[1]) is RuntimeError
     assert str(outcomes[0]) == str(outcomes[1])
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("how", ["compile", "func.grad"])
+def test_running_statistics_that_require_grad_where_traced(how, name) -> None:
+    torch._dynamo.reset()
+    x, words = torch.randn(4, 3, 5), f"not differentiable with respect to argument '{name}'"
+    module = bnext.BatchNorm1d(3)
+    statistic = getattr(module, name)
+    before = statistic.clone()
+    with pytest.raises(RuntimeError, match=words):
+        if how == "compile":
+            statistic.requires_grad_()
+            torch.compile(module, backend="aot_eager")(x)
+        else:
+            torch.func.grad(lambda t: torch.func.functional_call(module, {name: t}, x).sum())(
+                statistic
+            )
+    assert torch.equal(statistic, before) and int(module.num_batches_tracked) == 0
 
 
 NUMBERS = {
@@ -327,3 +348,19 @@ def test_op_refuses_a_counter_that_is_not_one_int64() -> None:
                 x, None, None, None, mean, var, counter, 0.1, 1e-5, False, False
             )
         assert torch.equal(mean, torch.zeros(3))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("dtype", [f32, f64, f16], ids=str)
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_module_refuses_an_input_with_torchs_sentence(channels, dtype, training, device) -> None:
+    """Where several tensors do not fit, the one that torch names first."""
+    x = torch.ones(2, channels, 5, 5, dtype=dtype)
+    theirs = outcome(nn.BatchNorm2d(3).train(training), {"input": x})
+    for kind in (bnext.BatchNorm2d, bnext.BatchNormAct2d, bnext.SyncBatchNorm):
+        module = kind(3, device=device).train(training)
+        ours = outcome(module, {"input": x.to(device)})
+        assert type(ours) is type(theirs)
+        assert theirs is None or str(theirs) in str(ours)
+        assert device == "meta" or int(module.num_batches_tracked) == (training and theirs is None)

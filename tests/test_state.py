@@ -2,10 +2,12 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import bnext
 from bnext.functional import batch_norm, batch_norm_act
@@ -378,3 +380,40 @@ def test_a_residual_that_can_be_added_moves_the_state() -> None:
     module = bnext.BatchNormAct1d(3)
     torch.testing.assert_close(module(x, torch.ones(3, 1)), (twin(x) + torch.ones(3, 1)).relu())
     torch.testing.assert_close(state_of(module), state_of(twin))
+
+
+@pytest.mark.parametrize("residual", [torch.randn(4, 3, 6), torch.randn(4, 3, 1, 5)], ids=str)
+@pytest.mark.parametrize("transform", ["grad", "vmap"])
+def test_a_residual_that_a_transform_cannot_add_changes_nothing(transform, residual) -> None:
+    module = bnext.BatchNormAct1d(3)
+    x = torch.randn(4, 3, 5)
+    before = state_of(module)
+    with pytest.raises(RuntimeError, match="must match the size of tensor b"):
+        if transform == "grad":
+            torch.func.grad(lambda x: module(x, residual[:, :, :6]).sum())(x)
+        else:
+            torch.func.vmap(lambda x: module(x, residual))(x[None])
+    assert_unchanged(module, before)
+
+
+@pytest.mark.parametrize("counter", [torch.float32, torch.int64], ids=str)
+@pytest.mark.parametrize("where", ["fake", "sparse", "nested", "mkldnn", "quantized"])
+def test_an_error_is_not_hidden_by_the_state_that_it_leaves(where, counter) -> None:
+    """State that has no values to compare."""
+    mode = FakeTensorMode() if where == "fake" else nullcontext()
+    with mode:
+        results = []
+        for kind in (bnext.BatchNorm2d, nn.BatchNorm2d):
+            module = kind(3)
+            module.num_batches_tracked = torch.zeros((), dtype=counter)
+            if where != "fake":
+                module.running_mean = {
+                    "sparse": Tensor.to_sparse, "mkldnn": Tensor.to_mkldnn,
+                    "nested": lambda t: torch.nested.nested_tensor([t]),
+                    "quantized": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+                }[where](torch.zeros(3))  # fmt: skip
+            with pytest.raises(RuntimeError) as error:
+                module(torch.randn(4, 4 if where in ("fake", "sparse") else 3, 5, 5))
+            results.append((error.type, str(error.value)))
+    (ours, got), (theirs, expected) = results
+    assert ours is theirs and expected.splitlines()[0] in got
