@@ -1,14 +1,18 @@
-# Every target makes its own environment in $(VENV) from a bare python3:
-#   make test                         the tests
-#   make demo                         a quick benchmark, then a network trained on real data
-#   make test TORCH="torch==2.13.0"   with that torch (default: the newest)
+# Every target makes its own environment in $(VENV) from a bare python3, and builds what changed:
+#   make demo                the quick benchmark, then a network trained on real data
+#   make test                the tests
+#   make test TORCH=torch    with the newest torch, or with any other pip can install
 PYTHON ?= python3
-TORCH ?= torch
 VENV ?= .venv
+# What CI tests and what the figures were measured with.
+TORCH ?= torch==2.13.0
+# CUDA kernels where a GPU is seen; 0 and 1 as in setup.py.
+export BNEXT_CUDA ?= gpu
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build test demo bench-quick lint types format sanitize across-torch clean FORCE
+.DELETE_ON_ERROR:
+.PHONY: help build test demo bench-quick lint types format sanitize across-torch torch clean FORCE
 
 help:
 	@sed -n '2,4s/^# *//p' Makefile
@@ -19,52 +23,85 @@ $(VENV)/torch-choice: FORCE
 	@mkdir -p $(VENV)
 	@echo '$(TORCH)' | cmp -s - $@ || echo '$(TORCH)' > $@
 
-# torch comes first, so that bnext is built against it and not against a second copy.
+define CHECK_PYTHON
+import sys
+if sys.version_info < (3, 10):
+    sys.exit("bnext needs Python 3.10 or newer, and $(PYTHON) is %d.%d: PYTHON=... names another."
+             % sys.version_info[:2])
+try:
+    import ensurepip, venv
+except ImportError:
+    sys.exit("$(PYTHON) cannot make a virtual environment: apt install python3-venv (Debian, Ubuntu).")
+endef
+export CHECK_PYTHON
+
+define ANNOUNCEMENT
+bnext: $(TORCH) and what this target needs go into $(VENV), then the C++ is compiled.
+  torch    as PyPI has it for x86-64, with the libraries of CUDA: 2.6 GB to download, 4.8 GB on disk;
+           as a build for the CPU alone, if pip is given an index that has one: 0.2 and 0.9 GB
+  others   0.2 GB to download, 0.5 GB on disk
+  compile  a minute on 2 cores, another where there is a GPU and nvcc; then the demo takes 1 minute,
+           the tests 6
+endef
+export ANNOUNCEMENT
+
+# What the build needs: torch last, since only it takes long.
 $(VENV)/ready: pyproject.toml $(VENV)/torch-choice
-	$(PYTHON) -m venv $(VENV)
-	python -m pip install -q "$(TORCH)" "setuptools>=77" "pybind11>=2.13" ninja
-	python -m pip install -q --no-build-isolation -e ".[dev]"
-	touch $@
+	@test -x $(VENV)/bin/pip || $(PYTHON) -c "$$CHECK_PYTHON"
+	$(if $(filter %/torch-choice,$?),@echo "$$ANNOUNCEMENT")
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	python -m pip install "setuptools>=77" "pybind11>=2.13" ninja
+	@python -c "import setup; setup.check_tools()"
+	python -m pip install --upgrade "$(TORCH)"
+	@touch $@
 
-setup: $(VENV)/ready
-
-build: setup
+build: $(VENV)/ready
 	python setup.py -q build_ext --inplace
 
-test: build
-	python -m pytest $(PYTEST_ARGS)
+# What an extra of pyproject.toml adds. bnext is built by then, so pip has nothing to compile.
+EXTRAS = $(addprefix $(VENV)/with-,bench test lint)
+$(EXTRAS): $(VENV)/with-%: $(VENV)/ready | build
+	python -m pip install --no-build-isolation -e ".[$*]"
+	@touch $@
 
-demo: build
+demo: build $(VENV)/with-bench
 	python -m benchmarks --quick
 	python -m benchmarks train
 
-bench-quick: build
+test: build $(VENV)/with-test
+	python -m pytest $(PYTEST_ARGS)
+
+bench-quick: build $(VENV)/with-bench
 	python -m benchmarks --quick
 
 PYTHON_FILES = bnext tests $(wildcard benchmarks) setup.py _backend.py
 CXX_FILES = $(shell git ls-files -co --exclude-standard '*.h' '*.cpp' '*.cu' '*.cuh')
 
-lint: setup
+lint: $(VENV)/with-lint
 	ruff check $(PYTHON_FILES)
 	ruff format --check $(PYTHON_FILES)
 	clang-format --dry-run -Werror $(CXX_FILES)
 
-types: setup
+types: $(VENV)/with-lint
 	mypy
 
-format: setup
+format: $(VENV)/with-lint
 	ruff check --fix-only $(PYTHON_FILES)
 	ruff format $(PYTHON_FILES)
 	clang-format -i $(CXX_FILES)
 
 # The C++ under AddressSanitizer and UndefinedBehaviorSanitizer.
-sanitize: setup
+sanitize: $(VENV)/with-test
 	tests/sanitize.sh $(PYTEST_ARGS)
 
 # One wheel under several torches: make across-torch PYTHONS="a/bin/python b/bin/python"
 PYTHONS ?= $(VENV)/bin/python
-across-torch: setup
+across-torch: build
 	python tests/across_torch.py $(PYTHONS)
+
+# What .ci/run holds pip to.
+torch:
+	@echo "$(TORCH)"
 
 clean:
 	rm -rf build $(VENV) bnext/*.so *.egg-info

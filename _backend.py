@@ -23,6 +23,7 @@ MINIMUM_TORCH = (2, 11)  # = TORCH_TARGET_VERSION in setup.py and `dependencies`
 class Torch(NamedTuple):
     path: Path
     version: str
+    cuda: bool  # whether it can have tensors on a GPU
 
 
 def find_torch() -> Torch | None:
@@ -35,9 +36,11 @@ def find_torch() -> Torch | None:
         version_file = Path(folder, "torch", "version.py")
         if not version_file.is_file():
             continue
-        match = re.search(r"^__version__ = '((\d+)\.(\d+)[^']*)'", version_file.read_text(), re.M)
+        text = version_file.read_text()
+        match = re.search(r"^__version__ = '((\d+)\.(\d+)[^']*)'", text, re.M)
         if match and (int(match[2]), int(match[3])) >= MINIMUM_TORCH:
-            return Torch(version_file.parent, match[1])
+            cuda = re.search(r"^cuda\b.*= '", text, re.M)  # '13.0', or None
+            return Torch(version_file.parent, match[1], cuda is not None)
     return None
 
 

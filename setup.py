@@ -5,8 +5,9 @@ nothing of torch but the stable C ABI, so the few flags that it needs are writte
 
 Environment
     CXX, CFLAGS, CXXFLAGS, LDFLAGS  the compiler and flags appended to its command lines
-    MAX_JOBS                        parallel compiler processes (default: the number of CPUs)
-    BNEXT_CUDA                      auto (default: if a working nvcc is found) | 0 | 1
+    MAX_JOBS                        parallel compiler processes (default: the CPUs it may use)
+    BNEXT_CUDA                      build the CUDA kernels? 0 | 1 | auto (default: if torch has CUDA
+                                    and a working nvcc is found) | gpu (auto, if a GPU is found too)
     CUDA_HOME                       the CUDA toolkit (default: the one of the nvcc on PATH)
     TORCH_CUDA_ARCH_LIST            e.g. "8.0;9.0+PTX" (default: this machine's GPUs, else
                                     DEFAULT_CUDA_ARCHS, and PTX for later ones)
@@ -29,10 +30,16 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-import ninja
-import pybind11
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
+try:
+    import ninja
+    import pybind11
+    from setuptools import Extension, setup
+    from setuptools.command.build_ext import build_ext
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"bnext: no {error.name} for {sys.executable}, which the build needs. Install it: pip "
+        "install setuptools pybind11 ninja"
+    ) from None
 
 from _backend import MINIMUM_TORCH, Torch, find_torch
 
@@ -50,8 +57,12 @@ if platform.machine() in ("x86_64", "AMD64"):
     CPU_ISAS["avx512"] += " -mprefer-vector-width=512"
     CPU_ISAS["avx512"] += " -Wno-uninitialized"  # a false alarm in the intrinsics of gcc 12
 # Where no GPU says otherwise: 8.6 and 8.9 run what 8.0 does, and later ones compile the PTX of 10.0
-# at first use. Each costs some 40 s of compiling on one core.
+# at first use. Each costs 140 s of compiling on one core.
 DEFAULT_CUDA_ARCHS = ("8.0", "9.0", "10.0")
+TOOLS = (
+    "Needed are gcc 11 or clang 14, or newer, and Python's headers: apt install g++ python3-dev "
+    "(Debian, Ubuntu), dnf install gcc-c++ python3-devel (Fedora)."
+)
 
 
 @dataclass(frozen=True)
@@ -62,7 +73,7 @@ class Cuda:
     nvcc: str = ""
     version: str = ""
     archs: tuple[str, ...] = ()
-    include_flags: tuple[str, ...] = ()
+    include_folders: tuple[str, ...] = ()
     library_flags: tuple[str, ...] = ()
 
     def arch_flags(self) -> list[str]:
@@ -75,11 +86,22 @@ class Cuda:
         return flags
 
 
-def find_cuda() -> Cuda:
+def find_cuda(torch: Torch) -> Cuda:
     choice = os.environ.get("BNEXT_CUDA", "auto")
-    if choice not in ("auto", "0", "1"):
-        raise SystemExit(f"bnext: BNEXT_CUDA must be auto, 0 or 1, not {choice!r}")
-    cuda = Cuda("BNEXT_CUDA=0") if choice == "0" else probe_cuda()
+    if choice not in ("auto", "gpu", "0", "1"):
+        raise SystemExit(f"bnext: BNEXT_CUDA must be auto, gpu, 0 or 1, not {choice!r}")
+    if choice == "0":
+        return Cuda("BNEXT_CUDA=0")
+    if choice == "gpu" and not gpu_archs():
+        return Cuda(
+            "nvidia-smi listed no GPU at build time; BNEXT_CUDA=1 builds for one all the same"
+        )
+    if choice != "1" and not torch.cuda:
+        return Cuda(
+            f"it is built against torch {torch.version}, which has no CUDA; BNEXT_CUDA=1 builds "
+            "for a GPU all the same"
+        )
+    cuda = probe_cuda()
     if choice == "1" and cuda.missing:
         raise SystemExit(f"bnext: BNEXT_CUDA=1, but {cuda.missing}")
     return cuda
@@ -92,19 +114,19 @@ def probe_cuda() -> Cuda:
         return Cuda(f"no nvcc in {home}/bin" if home else "no nvcc on PATH, no CUDA_HOME set")
     # nvcc may be a wrapper script or a link: it knows best where its toolkit is. Preprocessing an
     # empty file also shows whether it accepts the host compiler.
-    probe = run(nvcc, *host_compiler(), "-std=c++20", "-v", "-E", "-x", "cu", os.devnull)
+    probe = run([nvcc, *host_compiler(), "-std=c++20", "-v", "-E", "-x", "cu", os.devnull])
     if probe.returncode:
-        return Cuda(f"{nvcc} does not work: {(probe.stderr.strip().splitlines() or ['?'])[-1]}")
+        return Cuda(f"{nvcc} does not work: {complaint(probe)}")
     settings = dict(re.findall(r"^#\$ (\w+)=(.*)$", probe.stderr, re.M))
-    version = re.search(r"\bV([\d.]+)", run(nvcc, "--version").stdout)
-    known = set(re.findall(r"compute_(\d+)", run(nvcc, "--list-gpu-arch").stdout))
+    version = re.search(r"\bV([\d.]+)", run([nvcc, "--version"]).stdout)
+    includes = shlex.split(settings.get("INCLUDES", ""))
+    folders = [word.removeprefix("-isystem").removeprefix("-I") for word in includes]
+    known = set(re.findall(r"compute_(\d+)", run([nvcc, "--list-gpu-arch"]).stdout))
     return Cuda(
         nvcc=nvcc,
         version=version[1] if version else "unknown",
         archs=cuda_archs(known),
-        include_flags=tuple(
-            flag.replace("-I", "-isystem", 1) for flag in shlex.split(settings.get("INCLUDES", ""))
-        ),
+        include_folders=tuple(filter(None, folders)),
         library_flags=tuple(shlex.split(settings.get("LIBRARIES", ""))),
     )
 
@@ -113,27 +135,79 @@ def cuda_archs(known: set[str]) -> tuple[str, ...]:
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     if wrong := [arch for arch in listed if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch)]:
         raise SystemExit(f"bnext: TORCH_CUDA_ARCH_LIST takes numbers like 9.0 or 9.0+PTX: {wrong}")
-    if not listed and shutil.which("nvidia-smi"):
-        gpus = run("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
-        listed = sorted(set(gpus.stdout.split())) if gpus.returncode == 0 else []
-        listed = listed if all(arch.replace(".", "") in known for arch in listed) else []
+    if not listed and all(arch.replace(".", "") in known for arch in gpu_archs()):
+        listed = gpu_archs()
     if not listed:
         listed = [arch for arch in DEFAULT_CUDA_ARCHS if arch.replace(".", "") in known]
         listed[-1] += "+PTX"  # later GPUs compile that at first use
     return tuple(listed)
 
 
+def gpu_archs() -> list[str]:
+    """The compute capabilities of this machine's GPUs."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    gpus = run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
+    return sorted(set(gpus.stdout.split())) if gpus.returncode == 0 else []
+
+
 def host_compiler() -> list[str]:
-    """The option that makes nvcc use the user's compiler (it takes a program without options)."""
-    return ["-ccbin", words("CXX")[-1]] if words("CXX") else []
+    """The options that make nvcc use the user's compiler, e.g. `ccache clang++ -stdlib=libc++`."""
+    command = words("CXX")
+    if not command:
+        return []
+    options = [word.startswith("-") for word in [*command, "-"]].index(True)
+    return ["-ccbin", command[options - 1], *map(for_host_compiler, command[options:])]
 
 
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True)
+def for_host_compiler(option: str) -> str:
+    """An option of nvcc that hands another to the compiler; nvcc would split it at a comma."""
+    escaped = option.replace(",", "\\,")
+    return f'-Xcompiler="{escaped}"'
+
+
+def run(command: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, input=text, capture_output=True, text=True)
+
+
+def complaint(failed: subprocess.CompletedProcess[str]) -> str:
+    lines = failed.stderr.strip().splitlines() or ["it says nothing"]
+    return next((line for line in lines if re.match("[^#].*(error|fatal)", line)), lines[-1])
 
 
 def words(variable: str) -> list[str]:
     return shlex.split(os.environ.get(variable, ""))
+
+
+def cxx() -> list[str]:
+    return words("CXX") or ["g++"]
+
+
+def check_tools() -> None:
+    """Ends the build, saying what to install, where it could not succeed."""
+    try:
+        run([*cxx(), "--version"])
+    except OSError as error:
+        raise SystemExit(
+            f"bnext: cannot run the C++ compiler {cxx()[0]} ({error.strerror}); CXX can name "
+            f"another. {TOOLS}"
+        ) from None
+    include = sysconfig.get_path("include")
+    for header, missing in (
+        ("concepts", f"{shlex.join(cxx())} does not compile C++20"),
+        ("Python.h", f"there is no Python.h in {include}"),
+    ):
+        flags = ["-std=c++20", *words("CFLAGS"), *words("CXXFLAGS"), "-isystem", include]
+        probe = run([*cxx(), *flags, "-fsyntax-only", "-x", "c++", "-"], f"#include <{header}>\n")
+        if probe.returncode:
+            raise SystemExit(f"bnext: {missing} ({complaint(probe)}). {TOOLS}")
+
+
+def max_jobs() -> str:
+    jobs = os.environ.get("MAX_JOBS") or str(len(os.sched_getaffinity(0)))
+    if not re.fullmatch("[1-9][0-9]*", jobs):
+        raise SystemExit(f"bnext: MAX_JOBS must be a positive number, not {jobs!r}")
+    return jobs
 
 
 def bindings_flags(version: str, torch: Torch, cuda: Cuda) -> list[str]:
@@ -141,8 +215,8 @@ def bindings_flags(version: str, torch: Torch, cuda: Cuda) -> list[str]:
 
     They stand before compile_flags, because torch brings an older copy of pybind11 along.
     """
-    flags = ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
-    compiler = run(*(words("CXX") or ["g++"]), "--version").stdout.partition("\n")[0]
+    flags = include(pybind11.get_include()) + include(sysconfig.get_path("include"))
+    compiler = run([*cxx(), "--version"]).stdout.partition("\n")[0]
     facts = {
         "VERSION": version,
         "COMPILER": compiler,
@@ -161,10 +235,12 @@ def compile_flags(torch: Torch, cuda: Cuda) -> list[str]:
     # The same arithmetic in every context: backward recomputes signs of forward's results.
     flags += ["-ffp-contract=off"]
     major, minor = MINIMUM_TORCH
-    flags += ["-isystem", str(torch.path / "include")]
+    flags += [nameless(ROOT), *include(torch.path / "include")]
     flags += [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"]
     if cuda.nvcc:
-        flags += ["-DBNEXT_WITH_CUDA", "-DUSE_CUDA", *cuda.include_flags]
+        flags += ["-DBNEXT_WITH_CUDA", "-DUSE_CUDA"]
+        for folder in cuda.include_folders:
+            flags += include(folder)
     if SANITIZE:
         # -O0: from -O1 on, gcc takes minutes for the kernels with both sanitizers, against seconds.
         flags += [*SANITIZE, "-O0", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
@@ -173,11 +249,20 @@ def compile_flags(torch: Torch, cuda: Cuda) -> list[str]:
     return [*flags, *words("CFLAGS"), *words("CXXFLAGS")]
 
 
+def include(folder: str | Path) -> list[str]:
+    return ["-isystem", str(folder), nameless(folder)]
+
+
+def nameless(folder: str | Path) -> str:
+    """Keeps a folder of the building machine out of the binary, where __FILE__ would put it."""
+    return f"-ffile-prefix-map={folder}/="
+
+
 def link_flags(torch: Torch, cuda: Cuda) -> list[str]:
     # libtorch.so is an empty library that only leads to the others: the linker would drop it, and
     # the weak symbols that live in libtorch_cuda would stay null under a CUDA torch.
     flags = [f"-L{torch.path / 'lib'}", "-Wl,--push-state,--no-as-needed,-ltorch,--pop-state"]
-    flags += ["-ltorch_cpu", *SANITIZE]
+    flags += ["-ltorch_cpu", "-Wl,-z,now", *SANITIZE]
     if cuda.nvcc:  # the static runtime: importing needs neither a driver nor one libcudart version
         flags += [*cuda.library_flags, "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
         flags += ["-Wl,--exclude-libs,ALL"]
@@ -188,31 +273,32 @@ def nvcc_flags(cuda: Cuda) -> list[str]:
     flags = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", f"-I{CSRC}"]
     flags += ["--expt-relaxed-constexpr"]  # constexpr functions of the shared headers
     flags += ["-fmad=false"]  # as -ffp-contract=off: the kernels say where they want an fma
+    flags += [for_host_compiler(nameless(f)) for f in (ROOT, *cuda.include_folders)]
     return [*flags, *host_compiler(), *cuda.arch_flags()]
 
 
 def ninja_manifest(version: str, torch: Torch, cuda: Cuda) -> str:
     """The text of build.ninja: every object, then _C.so from them."""
     # -MD and not -MMD: another torch in the same place must rebuild too.
-    compiler = shell(words("CXX") or ["g++"])
-    cxx = f"{compiler} -MD -MF $out.d $flags {shell(compile_flags(torch, cuda))}"
+    compiler = f"{shell(cxx())} -MD -MF $out.d $flags {shell(compile_flags(torch, cuda))}"
     appended = f"NVCC_APPEND_FLAGS={shell([os.environ.get('NVCC_APPEND_FLAGS', '')])}"
     nvcc = f"{appended} {shell([cuda.nvcc])} -MD -MF $out.d {shell(nvcc_flags(cuda))}"
-    link = f"{compiler} -shared -o $out $in {shell(link_flags(torch, cuda))}"
+    link = f"{shell(cxx())} -shared -o $out $in {shell(link_flags(torch, cuda))}"
     lines = ["ninja_required_version = 1.5"]
-    for name, command in {"cxx": cxx, **({"nvcc": nvcc} if cuda.nvcc else {})}.items():
+    for name, command in {"cxx": compiler, **({"nvcc": nvcc} if cuda.nvcc else {})}.items():
         lines += [f"rule {name}", f"  command = {command} -c $in -o $out"]
         lines += ["  depfile = $out.d", "  deps = gcc", "  description = $out"]
     lines += ["rule link", f"  command = {link}", "  description = $out"]
 
-    objects = []
+    kernels = sorted(CSRC.glob("cpu/*kernels.cpp"))
+    objects, statements = [], []
 
     def compile_file(tool: str, source: Path, variant: str = "", flags: str = "") -> None:
         objects.append(f"{source.relative_to(CSRC)}{variant}.o")
-        lines.append(f"build {objects[-1]}: {tool} {escape(source)}")
-        lines.append(f"  flags = {flags}")
+        duration = tool == "nvcc", source in kernels, source.stat().st_size
+        text = f"build {objects[-1]}: {tool} {escape(source)}\n  flags = {flags}"
+        statements.append((duration, text))
 
-    kernels = sorted(CSRC.glob("cpu/*kernels.cpp"))
     bindings = shell(bindings_flags(version, torch, cuda))
     for folder in ("", "cpu", "cuda") if cuda.nvcc else ("", "cpu"):
         for source in sorted({*CSRC.joinpath(folder).glob("*.cpp")} - {*kernels}):
@@ -222,6 +308,9 @@ def ninja_manifest(version: str, torch: Torch, cuda: Cuda) -> str:
     for isa, flags in CPU_ISAS.items():
         for source in kernels:
             compile_file("cxx", source, f".{isa}", f"-DBNEXT_ISA_NAMESPACE=isa_{isa} {flags}")
+    # ninja starts what is listed first: the longest, lest one core ends with it while others wait.
+    statements.sort(key=lambda statement: statement[0], reverse=True)
+    lines += [text for _, text in statements]
     return "\n".join([*lines, f"build _C.so: link {' '.join(objects)}", ""])
 
 
@@ -237,17 +326,21 @@ class NinjaBuild(build_ext):
     """Compiles in one folder per Python, whatever the kind of install: so each is incremental."""
 
     def build_extension(self, ext: Extension) -> None:
+        check_tools()
+        jobs = max_jobs()
         torch = find_torch()
         if torch is None:
             raise SystemExit("bnext: no torch >= 2.11 to build against. Install torch first.")
-        cuda = find_cuda()
-        has_cuda = f"CUDA {cuda.version} for {';'.join(cuda.archs)}"
-        print(f"bnext: torch {torch.version}, {cuda.missing or has_cuda}", flush=True)
+        cuda = find_cuda(torch)
+        kernels = f"with CUDA kernels ({cuda.version}, for {';'.join(cuda.archs)})"
+        without = f"without CUDA kernels: {cuda.missing}"
+        print(
+            f"bnext: for torch {torch.version}, {without if cuda.missing else kernels}", flush=True
+        )
 
         folder = ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
         folder.mkdir(parents=True, exist_ok=True)
         manifest = ninja_manifest(self.distribution.get_version(), torch, cuda)
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count())
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-j", jobs]
         with open(folder / "lock", "w") as lock:  # ninja itself does not keep a second one out
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -263,4 +356,5 @@ class NinjaBuild(build_ext):
         self.copy_file(str(library), str(target))
 
 
-setup(ext_modules=[Extension("bnext._C", [])], cmdclass={"build_ext": NinjaBuild})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("bnext._C", [])], cmdclass={"build_ext": NinjaBuild})

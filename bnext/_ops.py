@@ -7,15 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-try:
-    from bnext import _C
-except ImportError as error:
-    raise ImportError(
-        f"bnext's compiled part (bnext._C) cannot be loaded: {error}. It is built when bnext is "
-        "installed: run `pip install .` (`pip install -e .` to develop) in a checkout of bnext, "
-        f"with this Python and torch >= 2.11 in its environment (found torch {torch.__version__})."
-    ) from error
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from bnext._check import (
     Input,
@@ -30,6 +22,7 @@ from bnext._check import (
     dense_strides,
     fail,
 )
+from bnext._extension import _C
 
 __all__ = ["DEVICES", "DOUBLE_BACKWARD_DEVICES", "EAGER", "TRACED", "_C"]
 
@@ -220,3 +213,31 @@ def _train_with_negative_bit(*args: Any) -> Any:
 
 _library = torch.library.Library("bnext", "IMPL")
 _library.impl("batch_norm_train", _train_with_negative_bit, "Negative")
+
+
+def _in_fake_mode(
+    mode: FakeTensorMode, func: Any, types: Any, args: Any = (), kwargs: Any = None
+) -> Any:
+    """An op under FakeTensorMode, whose own way of running the real tensors that fake ones may
+    carry takes the absence of an optional tensor for a change of it.
+    """
+    carries_real = mode.propagate_real_tensors
+    mode.propagate_real_tensors = False
+    try:
+        outputs: Any = mode.__torch_dispatch__(func, types, args, kwargs or {})
+    finally:
+        mode.propagate_real_tensors = carries_real
+    real = [
+        a.real_tensor if isinstance(a, FakeTensor) else a.clone() if isinstance(a, Tensor) else a
+        for a in args
+    ]
+    tensors = [r for r, a in zip(real, args, strict=True) if isinstance(a, Tensor)]
+    if carries_real and all(isinstance(t, Tensor) for t in tensors):
+        for fake, output in zip(outputs, func(*real), strict=True):
+            if fake is not None:
+                fake.real_tensor = output
+    return outputs
+
+
+for _op in TRACED:
+    torch.library.register_torch_dispatch(_op, FakeTensorMode, _in_fake_mode)

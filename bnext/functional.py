@@ -150,11 +150,17 @@ def batch_norm_act(
             and momentum is not None  # which only a module with a counter has a meaning for
         ):
             _ask_torch(input, running_mean, running_var, weight, bias, training, momentum, eps)
-        if input.dim() < 2 and input.numel() == 0:  # torch passes it on, without channels as well
-            output = F.batch_norm(
-                input, running_mean, running_var, weight, bias, training, momentum, eps
-            )
-            return output.relu() if is_relu(act) else output
+        if input.dim() < 2:
+            if input.numel() == 0:  # torch passes it on, without channels as well
+                output = F.batch_norm(
+                    input, running_mean, running_var, weight, bias, training, momentum, eps
+                )
+                return output.relu() if is_relu(act) else output
+            if input.dim() == 1 and running_mean is None and running_var is None:
+                raise IndexError(
+                    "Dimension out of range (expected to be in range of [-1, 0], but got 1): "
+                    f"expected an input of at least 2 dimensions (N, C, *), got {[*input.shape]}"
+                )
         return normalize(
             input, weight, bias, residual, running_mean, running_var, None,
             training, momentum, eps, is_relu(act),
@@ -303,8 +309,6 @@ def _detour(
         forward_ad._current_level >= 0
         or tracing_state() is not None
         or type(input) not in _NATIVE_TYPES
-        # Which takes the absence of an optional tensor for a change of it.
-        or (isinstance(input, FakeTensor) and input.fake_mode.propagate_real_tensors)
     ):
         return compose
     transformed = transforms_active()
@@ -314,13 +318,44 @@ def _detour(
         # is exported is for others, which only know ATen's.
         exporting = torch.compiler.is_exporting() or (ahead_of_time and _exports_ahead_of_time())
         if not training or transformed or exporting:
-            return compose
+            return _counted_first
         return _traced if compiling else None
     if transformed:
         grad = torch._C._functorch.TransformType.Grad
         stack = torch._C._functorch.get_interpreter_stack() or []
         return _traced if all(level.key() == grad for level in stack) else compose
     return None
+
+
+def _counted_first(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    training: bool,
+    momentum: float | None,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    """`compose` with torch.nn's operations in their order, for passes over the graph."""
+    if num_batches_tracked is not None:
+        momentum = count(num_batches_tracked, momentum)
+    return compose(
+        input,
+        weight,
+        bias,
+        residual,
+        running_mean,
+        running_var,
+        None,
+        training,
+        momentum,
+        eps,
+        relu,
+    )
 
 
 def _exports_ahead_of_time() -> bool:

@@ -24,7 +24,7 @@ def main(pythons: list[str]) -> int:
         return 2
     pythons = [os.path.abspath(python) for python in pythons]
     with tempfile.TemporaryDirectory() as scratch:
-        pip_wheel = [pythons[0], "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", scratch]
+        pip_wheel = [pythons[0], "-m", "pip", "wheel", "--no-deps", "-w", scratch]
         subprocess.run([*pip_wheel, str(ROOT)], check=True)
         (wheel,) = Path(scratch).glob("bnext-*.whl")
         print(f"{wheel.name}, {wheel.stat().st_size / 1e6:.1f} MB")

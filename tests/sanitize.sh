@@ -19,7 +19,7 @@ BNEXT_SANITIZE=address,undefined BNEXT_CUDA=0 "$python" setup.py -q build_ext --
 
 # The runtime must come first in the process. libstdc++ is loaded with it, so that it finds
 # __cxa_throw there; Python's own leaks are not ours to report.
-library() { "${CXX:-g++}" -print-file-name="$1"; }
+library() { ${CXX:-g++} -print-file-name="$1"; }
 export LD_PRELOAD="$(library libasan.so) $(library libubsan.so) $(library libstdc++.so.6)"
 export ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:${ASAN_OPTIONS-}
 export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1:${UBSAN_OPTIONS-}

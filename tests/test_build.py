@@ -1,5 +1,6 @@
 """What the build promises about the shared object, and how it finds the torch to build against."""
 
+import importlib
 import os
 import platform
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ import _backend
 import bnext
 import bnext._C
 
+ROOT = Path(_backend.__file__).parent
 EXTENSION = str(bnext._C.__file__)
 
 
@@ -73,22 +76,147 @@ def test_the_stream_is_found_under_a_cuda_torch() -> None:
     assert re.search(r"_C\..*to .*libtorch_cuda.*aoti_torch_get_current_cuda_stream", log)
 
 
+def test_no_folder_of_the_building_machine_is_named_inside() -> None:
+    pybind11 = pytest.importorskip("pybind11")
+    inside = Path(EXTENSION).read_bytes()
+    assert b"torch/csrc/stable/" in inside, "__FILE__ is used"
+    folders = [ROOT, Path(torch.__file__).parent, pybind11.get_include(), sys.base_prefix]
+    assert not [folder for folder in folders if f"{folder}/".encode() in inside]
+
+
+def test_every_symbol_is_bound_when_it_is_loaded() -> None:
+    """So the linker makes the table of functions read-only."""
+    assert re.search(r"FLAGS.*NOW", binutils("readelf", "--dynamic"))
+
+
+@pytest.fixture
+def setup(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    for name in ("ninja", "pybind11", "setuptools"):
+        pytest.importorskip(name)
+    for name in ("CXX", "MAX_JOBS", "CUDA_HOME", "CUDA_PATH", "BNEXT_CUDA", "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    return importlib.import_module("setup")
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+NOTHING = "/nowhere"
+OLD = "case $* in *std=c++20*) echo 'g++: error: unrecognized option' >&2; exit 1;; esac"
+BARE = "if grep -q Python.h; then echo 'fatal error: Python.h: No such file' >&2; exit 1; fi"
+
+
 @pytest.mark.parametrize(
-    ("variables", "message"),
+    ("variables", "messages"),
     [
-        ({"BNEXT_CUDA": "1", "CUDA_HOME": "/nowhere"}, "BNEXT_CUDA=1, but no nvcc in /nowhere/bin"),
-        ({"BNEXT_CUDA": "yes"}, "BNEXT_CUDA must be auto, 0 or 1, not 'yes'"),
+        ({"BNEXT_CUDA": "1", "CUDA_HOME": NOTHING}, ["BNEXT_CUDA=1, but no nvcc in /nowhere/bin"]),
+        ({"BNEXT_CUDA": "yes"}, ["BNEXT_CUDA must be auto, gpu, 0 or 1, not 'yes'"]),
+        ({"MAX_JOBS": "all"}, ["MAX_JOBS must be a positive number, not 'all'"]),
+        ({"MAX_JOBS": "0"}, ["MAX_JOBS must be a positive number, not '0'"]),
+        ({"PATH": NOTHING}, ["compiler g++ (No such file", "apt install g++", "dnf install gcc-c"]),
+        ({"CXX": "/nowhere/c++ -m64"}, ["compiler /nowhere/c++ (No such file", "apt install g++"]),
+        ({"CXX": "{scripts}/old"}, ["old does not compile C++20", "unrecognized", "gcc 11 or"]),
+        ({"CXX": "{scripts}/bare"}, ["there is no Python.h in", "python3-dev", "python3-devel"]),
+        ({"PYTHONPATH": "{scripts}/ninja"}, ["no ninja for", "pip install setuptools pybind11 ni"]),
+        (
+            {"PYTHONPATH": "{scripts}/pybind11"},
+            ["no pybind11 for", "pip install setuptools pybind"],
+        ),
     ],
 )
-def test_what_the_build_refuses(variables, message) -> None:
-    for module in ("ninja", "pybind11", "setuptools"):
-        pytest.importorskip(module)
-    root = Path(_backend.__file__).parent
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+def test_the_build_says_in_one_line_what_it_lacks(setup, tmp_path, variables, messages) -> None:
+    copy, scripts = tmp_path / "bnext", tmp_path / "scripts"
+    shutil.copytree(ROOT / "bnext", copy / "bnext", ignore=shutil.ignore_patterns("*.so"))
+    for name in ("setup.py", "_backend.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    script(scripts / "old", OLD)
+    script(scripts / "bare", BARE)
+    for name in ("ninja", "pybind11"):
+        (scripts / name).mkdir()
+        (scripts / name / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})")
+    environment = {**os.environ, "BNEXT_CUDA": "0"}
+    environment |= {name: value.format(scripts=scripts) for name, value in variables.items()}
     result = subprocess.run(
-        command, cwd=root, env={**os.environ, **variables}, capture_output=True, text=True
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=copy, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 1 and not (copy / "build").exists()
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("bnext: ") and all(message in line for message in messages), line
+
+
+@pytest.mark.parametrize(
+    ("choice", "gpus", "cuda", "reason"),
+    [
+        ("auto", "", False, "torch 3.0.0, which has no CUDA; BNEXT_CUDA=1"),
+        ("auto", "9.0", False, "torch 3.0.0, which has no CUDA; BNEXT_CUDA=1"),
+        ("auto", "", True, "no nvcc on PATH"),
+        ("gpu", "", True, "nvidia-smi listed no GPU at build time; BNEXT_CUDA=1"),
+        ("gpu", "9.0", False, "torch 3.0.0, which has no CUDA; BNEXT_CUDA=1"),
+        ("gpu", "9.0", True, "no nvcc on PATH"),
+        ("0", "9.0", True, "BNEXT_CUDA=0"),
+    ],
+)
+def test_cuda_is_built_where_it_can_be_used(
+    setup, monkeypatch, tmp_path, choice, gpus, cuda, reason
+) -> None:
+    answer = f"echo {gpus}" if gpus else "echo 'No devices were found'; exit 6"
+    script(tmp_path / "nvidia-smi", answer)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("BNEXT_CUDA", choice)
+    found = setup.find_cuda(_backend.Torch(tmp_path, "3.0.0", cuda))
+    assert reason in found.missing and not found.nvcc
+    monkeypatch.setenv("BNEXT_CUDA", "1")
+    with pytest.raises(SystemExit, match="BNEXT_CUDA=1, but no nvcc on PATH"):
+        setup.find_cuda(_backend.Torch(tmp_path, "3.0.0", cuda))
+
+
+def test_what_nvcc_complains_of_is_passed_on(setup, monkeypatch, tmp_path) -> None:
+    text = "#$ g++ -Werror\ng++: error: no such option\n# --error 0x1 --"
+    script(tmp_path / "nvcc", f"echo '{text}' >&2; exit 1")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert (
+        setup.probe_cuda().missing == f"{tmp_path}/nvcc does not work: g++: error: no such option"
     )
-    assert result.returncode == 1 and message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("cxx", "options"),
+    [
+        ("", []),
+        ("g++-12", ["-ccbin", "g++-12"]),
+        ("ccache g++", ["-ccbin", "g++"]),
+        ("clang++ -stdlib=libc++", ["-ccbin", "clang++", '-Xcompiler="-stdlib=libc++"']),
+        ("ccache g++ -B /a,b", ["-ccbin", "g++", '-Xcompiler="-B"', r'-Xcompiler="/a\,b"']),
+    ],
+)
+def test_nvcc_takes_the_compiler_of_cxx_and_its_options(setup, monkeypatch, cxx, options) -> None:
+    monkeypatch.setenv("CXX", cxx)
+    assert setup.host_compiler() == options
+
+
+def test_jobs_are_as_many_as_the_cpus_this_process_may_use(setup, monkeypatch) -> None:
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert setup.max_jobs() == "1"
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert setup.max_jobs() == str(len(allowed))
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert setup.max_jobs() == "3"
+
+
+def test_what_takes_longest_is_compiled_first(setup) -> None:
+    torch_found = _backend.find_torch()
+    manifest = setup.ninja_manifest("0", torch_found, setup.Cuda("none"))
+    order = re.findall(r"^build (\S+)\.o:", manifest, re.M)
+    assert [name for name in order if "kernels.cpp" in name] == order[: 2 * len(setup.CPU_ISAS)]
+    assert order[0].startswith("cpu/kernels.cpp")
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set here")
@@ -114,6 +242,7 @@ def test_the_build_finds_the_running_torch() -> None:
     assert found is not None
     assert found.path == Path(torch.__file__).parent
     assert found.version == torch.__version__
+    assert found.cuda == (torch.version.cuda is not None)
 
 
 def test_the_build_passes_over_a_torch_that_is_too_old(
@@ -127,4 +256,64 @@ def test_the_build_passes_over_a_torch_that_is_too_old(
         folders.append(str(folder.parent))
     monkeypatch.setattr(sys, "path", folders)
     found = _backend.find_torch()
-    assert found == _backend.Torch(tmp_path / "3.0.0" / "torch", "3.0.0+cpu")
+    assert found == _backend.Torch(tmp_path / "3.0.0" / "torch", "3.0.0+cpu", cuda=False)
+
+
+@pytest.mark.parametrize(
+    ("line", "cuda"),
+    [
+        ("cuda: Optional[str] = '13.0'", True),
+        ("cuda: str | None = '12.8'", True),
+        ("cuda = '13.2'", True),
+        ("cuda: Optional[str] = None\nhip: Optional[str] = '6.4'", False),
+        ("cuda = None", False),
+    ],
+)
+def test_the_build_sees_whether_torch_has_cuda(tmp_path, monkeypatch, line, cuda) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "version.py").write_text(f"__version__ = '3.0.0'\n{line}\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    assert _backend.find_torch() == _backend.Torch(tmp_path / "torch", "3.0.0", cuda)
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess[str]:
+    if not shutil.which("make"):
+        pytest.skip("needs make")
+    environment = {k: v for k, v in os.environ.items() if k not in ("TORCH", "VENV", "PYTHON")}
+    command = ["make", "--no-print-directory", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("target", "extras"),
+    [("build", []), ("demo", ["bench"]), ("test", ["test"]), ("lint", ["lint"])],
+)
+def test_make_installs_what_the_target_needs(tmp_path, target, extras) -> None:
+    (torch_choice,) = make("-s", "torch").stdout.split()
+    assert re.fullmatch(r"torch==\d+\.\d+\.\d+", torch_choice)
+    steps = make("-n", target, f"VENV={tmp_path}/venv").stdout
+    assert f'pip install --upgrade "{torch_choice}"' in steps
+    assert re.findall(r'pip install --no-build-isolation -e "\.\[(.*)\]"', steps) == extras
+    assert " -q" not in re.sub(r"setup\.py -q|sed.*", "", steps), "nothing hides for minutes"
+
+
+def test_make_says_what_will_happen_before_it_does(tmp_path) -> None:
+    python = script(tmp_path / "python", '[ "$1" = -c ] || { echo "this is $*"; exit 1; }')
+    result = make("build", f"VENV={tmp_path}/venv", f"PYTHON={python}", "TORCH=torch==3.0.0")
+    before, _ = result.stdout.split("this is -m venv")
+    assert before.startswith("bnext: torch==3.0.0") and "GB" in before and "minute" in before
+
+
+@pytest.mark.parametrize(
+    ("lacks", "message"),
+    [
+        ("sys.version_info = (3, 8)", "needs Python 3.10 or newer, and {python} is 3.8"),
+        ("sys.modules['ensurepip'] = None", "apt install python3-venv"),
+    ],
+)
+def test_make_says_what_python_lacks(tmp_path, lacks, message) -> None:
+    program = f"import sys; {lacks}; exec(sys.argv[1])"
+    python = script(tmp_path / "python", f'exec {sys.executable} -c "{program}" "$2"')
+    result = make("build", f"VENV={tmp_path}/venv", f"PYTHON={python}")
+    assert result.returncode and message.format(python=python) in result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "venv" / "bin").exists()

@@ -14,6 +14,9 @@ from pathlib import Path
 import ninja
 import pytest
 
+import bnext
+import setup
+
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHS = ["sm_80", "sm_90a", "sm_100"]
@@ -53,12 +56,14 @@ def nvcc() -> str:
 @pytest.fixture(scope="module")
 def logs() -> Path:
     """A folder with nvcc's output for each file and architecture."""
+    if not bnext.build_info()["cuda"]:
+        pytest.skip(f"bnext was built without CUDA: {bnext.build_info()['cuda_missing']}")
     folder = ROOT / "build" / "nvcc"
     folder.mkdir(parents=True, exist_ok=True)
-    compiler = ["-ccbin", shlex.split(os.environ["CXX"])[-1]] if os.environ.get("CXX") else []
+    flags = shlex.join(FLAGS + setup.host_compiler())
     lines = [
         "rule nvcc",
-        f"  command = {nvcc()} {shlex.join(FLAGS + compiler)} -arch=$arch -MD -MF $out.d $in "
+        f"  command = {nvcc()} {flags} -arch=$arch -MD -MF $out.d $in "
         "-o $out > $out.log 2>&1 || { cat $out.log; exit 1; }",
         "  depfile = $out.d",
         "  deps = gcc",
@@ -67,7 +72,7 @@ def logs() -> Path:
         for file in FILES:
             lines += [f"build {file.stem}.{arch}: nvcc {file}", f"  arch = {arch}"]
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    command = [Path(ninja.BIN_DIR) / "ninja", "-C", folder, "-k", "0", "-j", str(os.cpu_count())]
+    command = [Path(ninja.BIN_DIR) / "ninja", "-C", folder, "-k", "0", "-j", setup.max_jobs()]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-10000:]
     return folder

@@ -171,6 +171,20 @@ def test_input_without_elements(training, shape, dtype, device) -> None:
     torch.testing.assert_close(*results)
 
 
+@MODES
+@pytest.mark.parametrize("name", NAMES)
+def test_no_channels(name, training, device) -> None:
+    """torch takes them without parameters; with some, it looks at the first and raises."""
+    x = torch.empty((4, 0, 2, 2, 2)[: int(name[-2]) + 2], device=device, requires_grad=True)
+    expected = getattr(nn, name)(0, affine=False).to(device).train(training)(x)
+    for affine in (True, False):
+        module = getattr(bnext, name)(0, affine=affine).to(device).train(training)
+        y = module(x)
+        torch.testing.assert_close(y, expected)
+        grads = torch.autograd.grad(y.sum(), [x, *module.parameters()])
+        assert [g.shape for g in grads] == [x.shape, *(p.shape for p in module.parameters())]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_functional_samples(dtype, device) -> None:
     """torch's test_dtypes and test_out of the functional: what it takes, ours takes, alike."""

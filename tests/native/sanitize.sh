@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ $# -gt 0 ] || set -- tests/test_native.py tests/test_native_numerics.py
-library() { "${CXX:-g++}" -print-file-name="$1"; }
+library() { ${CXX:-g++} -print-file-name="$1"; }
 export BNEXT_EMULATION=sanitized
 # The runtimes must come first in the process; Python's own leaks are not ours to report.
 export LD_PRELOAD="$(library libasan.so) $(library libubsan.so) $(library libstdc++.so.6)"
