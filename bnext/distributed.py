@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnext.functional import is_relu, normalize
+from bnext._call import normalize
+from bnext.functional import is_relu
 from bnext.modules import add_by_its_rules, fx_leaf, statistics
 
 __all__ = ["SyncBatchNorm"]

@@ -136,7 +136,7 @@ def explain(
 
 
 def _notes(training: bool) -> tuple[str, ...]:
-    """What goes to ATen's kernels on purpose; `bnext.functional._detour` is where."""
+    """What goes to ATen's kernels on purpose; `bnext._detours` is where."""
     compiled = (
         "torch.compile and torch.export keep this op"
         if training

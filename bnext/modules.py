@@ -13,18 +13,17 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.overrides import has_torch_function_variadic
 
-from bnext.functional import (
-    compose,
+from bnext._call import (
     inference,
     is_dynamo_compiling,
     is_grad_enabled,
-    is_relu,
     is_scripting,
     normalize,
     tracing_state,
     transforms_active,
-    undone_on_error,
 )
+from bnext._detours import compose, undone_on_error
+from bnext.functional import is_relu
 
 __all__ = [
     "BatchNorm1d",

@@ -16,8 +16,8 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from bnext._call import normalize
 from bnext._reference import EPS, MOMENTUM, Mode, Operands, reference, worst
-from bnext.functional import normalize
 from bnext.introspect import build_info, explain
 
 __all__ = ["main"]
