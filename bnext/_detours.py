@@ -161,13 +161,16 @@ def check_values(
     if (
         (training and math.prod(input.shape[2:], start=input.shape[0]) == 1)
         or (without and not training)
-        or not isinstance(momentum, float | int | None)
-        or not isinstance(eps, float | int)
+        or not (momentum is None or _is_float(momentum))
+        or not _is_float(eps)
         or eps <= 0.0
-        or (type(momentum) is int and abs(momentum) > 1)  # which a float may not hold
     ):
         momentum = 0.0 if momentum is None else momentum
         ask_torch(input, running_mean, running_var, None, None, training, momentum, eps)
+
+
+def _is_float(number: Any) -> bool:
+    return isinstance(number, float) or (isinstance(number, int) and abs(number) < 2**63)
 
 
 def ask_torch(input: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any,
