@@ -17,51 +17,29 @@ __all__ = ["BatchNormFunction", "apply", "traced_apply"]
 
 _Grads: TypeAlias = tuple[Tensor | None, ...]
 # One lookup less a call each.
+is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 is_grad_enabled = torch.is_grad_enabled
 is_inference: Callable[[Tensor], bool] = Tensor.is_inference
 
 
-def _eager_backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
+def _backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
     """Gradients by the formulas of the paper's section 3, in one op."""
     if grad_out is None:
         return None, None, None, None, None
     need_input, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
     eps, relu = ctx.eps_and_relu
-    gradients = _differentiable_backward if is_grad_enabled() else EAGER.backward
-    if relu or not need_residual:
-        grads: _Grads = gradients(
-            grad_out, *ctx.saved_tensors, eps, relu, need_input, need_weight, need_bias,
-            need_residual,
-        )  # fmt: skip
-        return *grads, None
-    if need_input or need_weight or need_bias:
-        grads = gradients(
-            grad_out, *ctx.saved_tensors, eps, relu, need_input, need_weight, need_bias, False
-        )
-        return *grads[:3], grad_out, None
-    return None, None, None, grad_out, None
-
-
-def _backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
-    """`_eager_backward`, for Dynamo too."""
-    if not torch.compiler.is_dynamo_compiling():
-        return _eager_backward(ctx, grad_out)
-    if grad_out is None:
-        return None, None, None, None, None
-    need_input, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
-    eps, relu = ctx.eps_and_relu
-    grads: _Grads = (None,) * 4
+    grads: _Grads = (None, None, None, None)
     if relu or need_input or need_weight or need_bias:
-        grads = TRACED.backward(
+        op = _differentiable_backward if is_grad_enabled() else EAGER.backward
+        if is_dynamo_compiling():
+            op = TRACED.backward
+        grads = op(
             grad_out, *ctx.saved_tensors, eps, relu, need_input, need_weight, need_bias,
             need_residual and relu,
         )  # fmt: skip
-    return *grads[:3], grad_out if need_residual and not relu else grads[3], None
-
-
-def _needs_bias(weight: Tensor | None, bias: Tensor | None, relu: bool) -> bool:
-    """Whether backward reads the bias: its values for a ReLU's sign, or its shape."""
-    return relu or weight is None or (bias is not None and weight.dim() + bias.dim() != 2)
+    if need_residual and not relu:
+        return *grads[:3], grad_out, None
+    return *grads, None
 
 
 def refuse_gradients_of_statistics(running_mean: Tensor | None, running_var: Tensor | None) -> None:
@@ -104,42 +82,40 @@ class BatchNormFunction(torch.autograd.Function):
         """Run the op and save for backward."""
         output: Tensor
         running_mean, running_var, num_batches_tracked, training, momentum, eps, relu = rest
-        if (running_mean is not None and running_mean.requires_grad) or (
-            running_var is not None and running_var.requires_grad
-        ):
+        if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
             refuse_gradients_of_statistics(running_mean, running_var)
+        # Nothing is saved that backward does without, since all of it may change before: not the
+        # output, not in training the running statistics, and the bias only for the sign of a ReLU,
+        # or for its shape where that is not the weight's.
+        if not relu and weight is not None and bias is not None and weight.dim() + bias.dim() == 2:
+            saved_bias = None
+        else:
+            saved_bias = bias
         if training:
             if (
                 is_inference(input)
                 or (weight is not None and is_inference(weight))
-                or (bias is not None and is_inference(bias))
+                or (saved_bias is not None and is_inference(saved_bias))
                 or (running_mean is not None and is_inference(running_mean))
                 or (running_var is not None and is_inference(running_var))
                 or (num_batches_tracked is not None and is_inference(num_batches_tracked))
             ):
-                saved = bias if _needs_bias(weight, bias, relu) else None
                 _refuse_inference_tensors(
-                    num_batches_tracked, input, weight, saved, running_mean, running_var
+                    num_batches_tracked, input, weight, saved_bias, running_mean, running_var
                 )
             output, save_stats, relu_mask = EAGER.train(
                 input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
                 momentum, eps, relu, relu and residual is not None,
             )  # fmt: skip
-            # Nothing that backward does without, since all of this may change before it: not the
-            # output, nor the running statistics, nor the bias but for the sign of a ReLU.
-            ctx.save_for_backward(
-                input, weight, bias if _needs_bias(weight, bias, relu) else None, relu_mask,
-                save_stats, None, None,
-            )  # fmt: skip
+            ctx.save_for_backward(input, weight, saved_bias, relu_mask, save_stats, None, None)
         else:
             output, relu_mask = EAGER.inference(
                 input, weight, bias, residual, running_mean, running_var, eps, relu,
                 relu and residual is not None,
             )  # fmt: skip
             ctx.save_for_backward(
-                input, weight, bias if _needs_bias(weight, bias, relu) else None, relu_mask, None,
-                running_mean, running_var,
-            )  # fmt: skip
+                input, weight, saved_bias, relu_mask, None, running_mean, running_var
+            )
         ctx.set_materialize_grads(False)
         ctx.eps_and_relu = eps, relu
         return output
@@ -148,7 +124,7 @@ class BatchNormFunction(torch.autograd.Function):
 
 
 # The engine calls this with what `backward` takes; the one inherited looks `backward` up: 0.4 us.
-BatchNormFunction._backward_cls.apply = _eager_backward  # type: ignore[attr-defined]
+BatchNormFunction._backward_cls.apply = _backward  # type: ignore[attr-defined]
 # Function.apply itself only looks for functorch: 3 of 12 us, and callers of this have looked.
 apply: Callable[..., Tensor] = super(torch.autograd.Function, BatchNormFunction).apply
 
@@ -189,7 +165,7 @@ class _TracedFunction(torch.autograd.Function):
         _, save_stats, relu_mask = output
         if training:
             running_mean = running_var = None
-        if not _needs_bias(weight, bias, relu):
+        if not relu and weight is not None and bias is not None and weight.dim() + bias.dim() == 2:
             bias = None
         ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
         if not relu or residual is None:

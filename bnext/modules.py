@@ -9,19 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.fx import Proxy
-from torch.overrides import has_torch_function_variadic
 
-from bnext._call import (
-    inference,
-    is_dynamo_compiling,
-    is_grad_enabled,
-    is_scripting,
-    normalize,
-    tracing_state,
-    transforms_active,
-)
+from bnext._call import is_scripting, normalize, tracing_state
 from bnext._detours import compose, undone_on_error
 from bnext.functional import is_relu
 
@@ -91,42 +81,22 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise a batch, and in training move the running statistics; see the class."""
         # The two common calls, in few instructions: on a small tensor the call is the cost.
-        if type(input) is not Tensor:
-            return self._normalize(input, None, False)
-        self._check_input_dim(input)
-        training, momentum, eps = self.training, self.momentum, self.eps
-        try:
+        if type(input) is Tensor:
+            self._check_input_dim(input)
+            training = self.training
             # Without Module.__getattr__, which takes 0.4 us each.
             parameters, buffers = self._parameters, self._buffers
-            weight, bias = parameters["weight"], parameters["bias"]
-            running_mean, running_var = buffers["running_mean"], buffers["running_var"]
-            num_batches_tracked = buffers["num_batches_tracked"] if training else None
-        except KeyError:  # pruned, parametrised, or not needed
-            return self._normalize(input, None, False)
-        if training:
-            if self.track_running_stats:
+            try:
+                weight, bias = parameters["weight"], parameters["bias"]
+                running_mean, running_var = buffers["running_mean"], buffers["running_var"]
+                num_batches_tracked = buffers["num_batches_tracked"] if training else None
+            except KeyError:  # pruned, parametrised, or not needed
+                return self._normalize(input, None, False)
+            if self.track_running_stats if training else running_mean is not None:
                 return normalize(
                     input, weight, bias, None, running_mean, running_var, num_batches_tracked,
-                    True, momentum, eps, False,
+                    training, self.momentum, self.eps, False,
                 )  # fmt: skip
-        elif not (
-            is_grad_enabled()
-            or type(momentum) is not float
-            or type(eps) is not float
-            or eps <= 0.0
-            or is_dynamo_compiling()
-            or transforms_active()
-            or forward_ad._current_level >= 0
-            or tracing_state() is not None
-            or has_torch_function_variadic(weight, bias, running_mean, running_var)
-        ):
-            try:
-                output: Tensor = inference(
-                    input, weight, bias, None, running_mean, running_var, eps, False, False
-                )[0]
-                return output
-            except RuntimeError:  # the general way knows what to do or say
-                pass
         return self._normalize(input, None, False)
 
     def _scripted_forward(self, input: Tensor) -> Tensor:
