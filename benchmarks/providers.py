@@ -13,7 +13,8 @@ from torch import Tensor
 import bnext
 from benchmarks.shapes import Shape
 from benchmarks.timing import Call
-from tests import reference
+from bnext import reference
+from tests import criterion
 
 BatchNorm = Callable[..., Tensor]
 
@@ -186,7 +187,7 @@ def _too_far(
     actual: Tensor, eager: Tensor, value: Tensor, magnitude: Tensor, what: str
 ) -> list[str]:
     try:
-        reference.assert_as_good_as_torch(actual, eager, value, magnitude, what)
+        criterion.assert_as_good_as_torch(actual, eager, value, magnitude, what)
     except AssertionError as error:
         return [str(error)]
     return []

@@ -16,12 +16,13 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from bnext._reference import EPS, MOMENTUM, Mode, Operands, reference, worst
+from bnext import reference
 from bnext.functional import normalize
 from bnext.introspect import build_info, explain
 
 __all__ = ["main"]
 
+MOMENTUM, EPS = 0.1, 1e-5
 # (input, parameters and running statistics)
 DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
     "float32": (torch.float32, torch.float32),
@@ -51,7 +52,7 @@ LARGER: tuple[Shape, ...] = (
     ((32, 512, 7, 7), _NCHW),
     ((32, 512, 7, 7), _NHWC),
 )
-# What a GPU cuts otherwise: channels beyond one block's memory, and beyond all of it.
+# Channels larger than a GPU block's shared memory, and than all blocks' together.
 LARGEST: tuple[Shape, ...] = (
     *LARGER,
     ((64, 64, 56, 56), _NCHW),
@@ -61,8 +62,49 @@ LARGEST: tuple[Shape, ...] = (
 )
 
 
+class Mode(NamedTuple):
+    """What a call does."""
+
+    training: bool
+    residual: bool
+    relu: bool
+
+    def __str__(self) -> str:
+        parts = ["train" if self.training else "eval"]
+        return " + ".join([*parts, *["residual"] * self.residual, *["relu"] * self.relu])
+
+
+MODES = [Mode(t, s, r) for t in (True, False) for s in (False, True) for r in (False, True)]
+
+
+class Operands(NamedTuple):
+    """The tensors of one call."""
+
+    x: Tensor  # [N, C, *]
+    weight: Tensor  # [C]
+    bias: Tensor  # [C]
+    residual: Tensor | None  # [N, C, *]
+    grad_out: Tensor  # [N, C, *]
+    running_mean: Tensor  # [C]
+    running_var: Tensor  # [C]
+    num_batches_tracked: Tensor  # []
+
+    @property
+    def differentiable(self) -> list[Tensor]:
+        """The tensors that get a gradient."""
+        return [t for t in (self.x, self.weight, self.bias, self.residual) if t is not None]
+
+    def with_own_stats(self) -> "Operands":
+        """A copy whose running statistics a call may change."""
+        return Operands(*self[:5], *(t.clone() for t in self[5:]))
+
+    def to(self, device: torch.device | str) -> "Operands":
+        """The same values on a device, without gradients."""
+        return Operands._make(None if t is None else t.detach().to(device) for t in self)
+
+
 class Choice(NamedTuple):
-    """What is forced upon the plan; empty: its own choice."""
+    """The kernels that a plan is forced to use; empty: the plan's own choice."""
 
     family: str = ""
     team: str = ""
@@ -78,9 +120,6 @@ CUDA_CHOICES = (
     Choice("resident", "grid"),
     Choice("streaming"),
 )
-
-
-MODES = [Mode(t, s, r) for t in (True, False) for s in (False, True) for r in (False, True)]
 
 
 @dataclass(frozen=True)
@@ -130,7 +169,7 @@ Results: TypeAlias = dict[str, Tensor]
 
 
 def forward(t: Operands, mode: Mode) -> Tensor:
-    """Bnext's."""
+    """The output of bnext's op."""
     return normalize(
         t.x, t.weight, t.bias, t.residual, t.running_mean, t.running_var, t.num_batches_tracked,
         mode.training, MOMENTUM, EPS, mode.relu,
@@ -156,11 +195,22 @@ def named(t: Operands, output: Tensor, gradients: Sequence[Tensor]) -> Results:
 def check_values(t: Operands, mode: Mode, results: Results, exact: Operands) -> dict[str, float]:
     """The worst error of each result, in units of its bound."""
     on = exact.x.device
-    expected = reference(exact, mode, results["output"].to(on))
+    active = results["output"].to(on) > 0 if mode.relu else None
+    expected = reference.results(*exact[:7], mode.training, MOMENTUM, EPS, active)
     errors = {name: worst(results[name].to(on), *expected[name]) for name in expected}
     tracked = int(results["num_batches_tracked"]) - int(t.num_batches_tracked)
     errors["num_batches_tracked"] = 0.0 if tracked == mode.training else torch.inf
     return errors
+
+
+def worst(actual: Tensor, value: Tensor, magnitude: Tensor) -> float:
+    """The largest error of any channel over its largest bound; not a number is infinitely wrong."""
+    allowed = reference.bound(value, magnitude, actual.dtype)
+    errors = (actual.double() - value).abs().nan_to_num(torch.inf)
+    if errors.dim() > 1:
+        dims = reference.reduced_dims(errors)
+        errors, allowed = errors.amax(dims), allowed.amax(dims)
+    return float(errors.where(errors == 0, errors / allowed).max())
 
 
 def differing(a: Results, b: Results) -> list[str]:

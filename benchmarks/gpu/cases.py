@@ -12,7 +12,8 @@ import bnext
 from benchmarks.norm_act import NormAct
 from benchmarks.shapes import RESNET50
 from benchmarks.timing import Call
-from tests import reference
+from bnext import reference
+from tests import criterion
 
 MOMENTUM, EPS = 0.1, 1e-5
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -265,7 +266,7 @@ def _expected(s: Subject, channels: slice, output: Tensor) -> dict[str, tuple[Te
 
 def _too_far(actual: Tensor, torchs: Tensor, value: Tensor, size: Tensor, what: str) -> list[str]:
     try:
-        reference.assert_as_good_as_torch(actual, torchs, value, size, what)
+        criterion.assert_as_good_as_torch(actual, torchs, value, size, what)
     except AssertionError as error:
         return [str(error)]
     return []
