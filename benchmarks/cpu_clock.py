@@ -1,5 +1,6 @@
-"""Alternating rounds in one process, and what the allocator does meanwhile."""
+"""How a call is timed on the CPU: alternating rounds in one process, and a fixed allocator."""
 
+import contextlib
 import ctypes
 import random
 import resource
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 Call = Callable[[], object]
+LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -83,3 +85,38 @@ def keep_freed_memory() -> str | None:
 def touch(size_bytes: int) -> None:
     """After `keep_freed_memory`: makes sure that much free memory has been written to once."""
     torch.empty(size_bytes, dtype=torch.uint8).fill_(0)
+
+
+def rounds_within(budget_s: float, seconds: float) -> int:
+    return max(LEAST_ROUNDS, min(MOST_ROUNDS, int(budget_s / max(seconds, 1e-9))))
+
+
+class CpuClock:
+    """Stands in for the GPU's clock in smoke tests: no graphs, launches or flushes."""
+
+    def stream_in_use(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+    def warm_up(self) -> None:
+        pass
+
+    def time(self, call: Call, mode: object, budget_s: float) -> Timing:
+        del mode
+        seconds: list[float] = []
+        for _ in range(rounds_within(budget_s, self._once(call))):
+            seconds.append(self._once(call))  # noqa: PERF401
+        return Timing(seconds, [])
+
+    @staticmethod
+    def _once(call: Call) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def peak_bytes(self, call: Call) -> int | None:
+        del call
+        return None
+
+    def launches(self, calls: Mapping[str, Call]) -> dict[str, list[str]]:
+        del calls
+        return {}
