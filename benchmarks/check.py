@@ -69,7 +69,6 @@ def _expected(s: Subject, channels: slice, output: Tensor) -> dict[str, tuple[Te
     x, residual, grad_out = (None if t is None else _of(t, channels) for t in s.operands)
     weight, bias = _of(s.norm.weight, channels), _of(s.norm.bias, channels)
     active = output > 0 if s.case.kind.relu else None
-    stats = torch.zeros_like(weight), torch.ones_like(weight)
-    return reference.results(
-        x, weight, bias, residual, grad_out, *stats, s.case.kind.training, MOMENTUM, EPS, active
-    )
+    stats = torch.zeros_like(weight), torch.ones_like(weight), torch.tensor(0)
+    t = reference.Operands(x, weight, bias, residual, grad_out, *stats)
+    return reference.results(t, s.case.kind.training, MOMENTUM, EPS, active)

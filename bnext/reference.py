@@ -2,9 +2,8 @@
 
 Algorithm 1 is `forward` with batch statistics, Algorithm 2 `forward` with given ones plus
 `updated_running_stats`; the gradients are the formulas of section 3. Nothing here calls a batch
-norm: the tests, `bnext.verify` and the benchmarks all measure against this file.
-
-A magnitude is the sum of the absolute terms that make up a value.
+norm: the tests, `bnext.verify` and the benchmarks all measure against this file. A magnitude is the
+sum of the absolute terms that make up a value.
 """
 
 from typing import NamedTuple
@@ -12,13 +11,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = [
-    "Backward", "Forward", "backward", "batch_stats", "bound", "forward", "per_channel",
-    "reduced_dims", "results", "updated_running_stats",
-]  # fmt: skip
-
 # A stored mean is off by a unit of rounding or two: the 8 that `bound` counts would be too much.
 MEAN_ROUNDING = 1 / 4
+
+
+class Operands(NamedTuple):
+    """The tensors of one call."""
+
+    x: Tensor  # [N, C, *]
+    weight: Tensor  # [C]
+    bias: Tensor  # [C]
+    residual: Tensor | None  # [N, C, *]
+    grad_out: Tensor  # [N, C, *]
+    running_mean: Tensor  # [C]
+    running_var: Tensor  # [C]
+    num_batches_tracked: Tensor  # []
 
 
 class Forward(NamedTuple):
@@ -27,7 +34,6 @@ class Forward(NamedTuple):
     output: Tensor  # [N, C, *]
     pre: Tensor  # [N, C, *], before the activation
     mean: Tensor  # [C]
-    var: Tensor  # [C], biased
     invstd: Tensor  # [C]
     magnitude: Tensor  # [N, C, *], of `pre`
 
@@ -72,7 +78,7 @@ def forward(
     eps: float = 1e-5,
     relu: bool = False,
 ) -> Forward:
-    """Y = act((x - mean) / sqrt(var + eps) * weight + bias + residual)."""
+    """The output is act((x - mean) / sqrt(var + eps) * weight + bias + residual)."""
     mean, var = batch_stats(x) if stats is None else (stats[0].double(), stats[1].double())
     invstd = 1 / torch.sqrt(var + eps)
     pre = (x.double() - per_channel(mean, x)) * per_channel(invstd, x)
@@ -85,7 +91,7 @@ def forward(
             pre, magnitude = pre + term.double(), magnitude + term.double().abs()
     # Not clamp(min=0): a NaN stays.
     output = torch.where(pre <= 0, torch.zeros_like(pre), pre) if relu else pre
-    return Forward(output, pre, mean, var, invstd, magnitude)
+    return Forward(output, pre, mean, invstd, magnitude)
 
 
 def backward(
@@ -105,23 +111,15 @@ def backward(
     invstd = 1 / torch.sqrt(per_channel(var, x) + eps)
     xhat = (x.double() - per_channel(mean, x)) * invstd
     xhat_magnitude = xhat.abs() + MEAN_ROUNDING * per_channel(mean, x).abs() * invstd
-    dx = dy if weight is None else dy * per_channel(weight, x)
-    dx_magnitude = dx.abs()
-    if stats is None:
-        of_var, of_mean = ((dx * t).mean(dims, True) for t in (xhat, torch.ones_like(dx)))
-        abs_of_var = (dx_magnitude * xhat_magnitude).mean(dims, True)
-        abs_of_mean = dx_magnitude.mean(dims, True)
-        dx = dx - of_mean - xhat * of_var
-        dx_magnitude = dx_magnitude + abs_of_mean + xhat_magnitude * abs_of_var
-    return Backward(
-        input=dx * invstd,
-        weight=(dy * xhat).sum(dims),
-        bias=dy.sum(dims),
-        residual=dy,
-        input_magnitude=dx_magnitude * invstd,
-        weight_magnitude=(dy.abs() * xhat_magnitude).sum(dims),
-        bias_magnitude=dy.abs().sum(dims),
-    )
+    scale = invstd if weight is None else invstd * per_channel(weight, x)
+
+    def gradients(dy: Tensor, xhat: Tensor, sign: int) -> tuple[Tensor, Tensor, Tensor]:
+        dx = dy
+        if stats is None:
+            dx = dy + sign * (dy.mean(dims, True) + xhat * (dy * xhat).mean(dims, True))
+        return dx * (scale if sign < 0 else scale.abs()), (dy * xhat).sum(dims), dy.sum(dims)
+
+    return Backward(*gradients(dy, xhat, -1), dy, *gradients(dy.abs(), xhat_magnitude, 1))
 
 
 def updated_running_stats(
@@ -137,34 +135,24 @@ def updated_running_stats(
 
 
 def results(
-    x: Tensor,  # [N, C, *]
-    weight: Tensor,  # [C]
-    bias: Tensor,  # [C]
-    residual: Tensor | None,  # [N, C, *]
-    grad_out: Tensor,  # [N, C, *]
-    running_mean: Tensor,  # [C]
-    running_var: Tensor,  # [C]
-    training: bool,
-    momentum: float,
-    eps: float,
-    active: Tensor | None,  # as for `backward`; None: no ReLU
+    t: Operands, training: bool, momentum: float, eps: float, active: Tensor | None
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Value and magnitude of everything that a forward and backward pass computes and changes."""
-    stats = None if training else (running_mean, running_var)
-    y = forward(x, weight, bias, residual, stats, eps, active is not None)
-    d = backward(grad_out, x, weight, stats, eps, active)
-    mean, var = running_mean.double(), running_var.double()
+    """Value and magnitude of a step's results, by name; `active` is None where there is no ReLU."""
+    stats = None if training else (t.running_mean, t.running_var)
+    y = forward(t.x, t.weight, t.bias, t.residual, stats, eps, active is not None)
+    d = backward(t.grad_out, t.x, t.weight, stats, eps, active)
+    mean, var = t.running_mean.double(), t.running_var.double()
     mean_magnitude = mean.abs()
     if training:
-        batch_magnitude = x.double().abs().mean(reduced_dims(x))
+        batch_magnitude = t.x.double().abs().mean(reduced_dims(t.x))
         mean_magnitude = (1 - momentum) * mean_magnitude + momentum * batch_magnitude
-        mean, var = updated_running_stats(x, mean, var, momentum)
+        mean, var = updated_running_stats(t.x, mean, var, momentum)
     return {
         "output": (y.output, y.magnitude),
         "grad_input": (d.input, d.input_magnitude),
         "grad_weight": (d.weight, d.weight_magnitude),
         "grad_bias": (d.bias, d.bias_magnitude),
-        **({} if residual is None else {"grad_residual": (d.residual, d.residual.abs())}),
+        **({} if t.residual is None else {"grad_residual": (d.residual, d.residual.abs())}),
         "running_mean": (mean, mean_magnitude),
         "running_var": (var, var),
     }
