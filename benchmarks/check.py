@@ -20,7 +20,7 @@ class Verdict(NamedTuple):
 def check(case: Case, subjects: Mapping[str, Subject]) -> dict[str, Verdict]:
     """Each provider against the float64 reference.
 
-    The bound is the test suite's: twice torch's error, plus the roundings nobody can avoid.
+    The bound is the test suite's: twice torch's error, plus what `reference.bound` allows.
     """
     results = {name: _results(subject) for name, subject in subjects.items()}
     errors, failures = dict.fromkeys(subjects, 0.0), {name: list[str]() for name in subjects}

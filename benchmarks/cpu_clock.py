@@ -42,9 +42,8 @@ def alternate(
 ) -> dict[str, Timing]:
     """Times every call once a round, `repeat` times in a row, until the budget is spent.
 
-    The order of a round is drawn, so that nobody always finds the caches as the same neighbour left
-    them. What a call returns is freed outside the timed region. At least 5 rounds, after 3 that are
-    not counted.
+    The order of each round is random, so that no call always follows the same one. What a call
+    returns is freed outside the timed region. At least 5 rounds, after 3 that are not counted.
     """
     results: dict[str, Timing] = {name: Timing([], []) for name in calls}
     shuffled = random.Random(0)

@@ -114,7 +114,7 @@ def run(out: Path, epochs: int) -> int:
         for epoch in progress.track(range(epochs), description="training"):
             order = torch.split(torch.randperm(len(labels)), BATCH)
             batches = [(images[i], labels[i]) for i in order]
-            # Whoever comes first changes, so that neither is always the one after a pause.
+            # They take turns at going first, so that neither always follows a pause.
             for each in list(runs.values())[:: 1 if epoch % 2 else -1]:
                 each.epoch(batches)
                 each.test(test_images, test_labels)
