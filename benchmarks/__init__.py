@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m benchmarks [train | overhead] --help`."""
+"""Benchmarks: `python -m benchmarks --help`."""

@@ -7,10 +7,7 @@ from pathlib import Path
 import torch
 
 import bnext
-from benchmarks import dram, gpu, kernels, overhead, providers, resnet50, train
-from benchmarks.gpu import cases as gpu_cases
-from benchmarks.gpu import clock
-from benchmarks.gpu import run as gpu_run
+from benchmarks import cases, dram, gpu, gpu_clock, kernels, overhead, resnet50, train
 
 DEFAULT_MODES = ["cold graph", "warm graph", "warm eager"]
 
@@ -30,17 +27,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     kernel = commands.add_parser("kernels", parents=[shared], help=kernels.__doc__)
     kernel.add_argument("--batch", type=int, help="images (default 32; 4 with --quick)")
-    kernel.add_argument("--dtype", nargs="+", default=[*providers.DTYPES], choices=providers.DTYPES)
-    kernel.add_argument(
-        "--layout", nargs="+", default=[*providers.LAYOUTS], choices=providers.LAYOUTS
-    )
+    dtypes = ["float32", "bfloat16"]
+    kernel.add_argument("--dtype", nargs="+", default=dtypes, choices=cases.DTYPES)
+    kernel.add_argument("--layout", nargs="+", default=cases.LAYOUTS, choices=cases.LAYOUTS)
     kernel.add_argument("--filter", default="", help="regular expression, as in '64x56.*bfloat16'")
     kernel.add_argument("--budget", type=float, help="seconds per case, direction and allocator")
     kernel.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     on_gpu = commands.add_parser("gpu", parents=[shared], help=gpu.__doc__)
     on_gpu.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu: a smoke test")
     on_gpu.add_argument("--filter", default="", help="regular expression, as in '^64x.*bfloat16'")
-    on_gpu.add_argument("--mode", nargs="+", default=DEFAULT_MODES, choices=clock.MODES)
+    on_gpu.add_argument("--mode", nargs="+", default=DEFAULT_MODES, choices=gpu_clock.MODES)
     on_gpu.add_argument("--budget", type=float, help="milliseconds per measurement")
     on_gpu.add_argument("--minutes", type=float, default=6.0, help="for everything (%(default)s)")
     on_gpu.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -77,18 +73,19 @@ def main(argv: list[str]) -> int:
     if args.command == "dram":
         return dram.workload() if args.workload else dram.run(args.out)
     if args.command == "gpu":
-        some = gpu_run.matching(gpu_cases.quick() if args.quick else gpu_cases.full(), args.filter)
-        modes = [clock.MODES[name] for name in args.mode]
+        some = cases.matching(cases.quick() if args.quick else cases.full(), args.filter)
+        modes = [gpu_clock.MODES[name] for name in args.mode]
         budget_s = (args.budget or (1.0 if args.quick else 6.0)) / 1e3
-        return gpu_run.run(
+        return gpu.run(
             some, args.out, torch.device(args.device), modes, budget_s, args.minutes,
             not args.no_compile,
         )  # fmt: skip
-    shapes = kernels.QUICK if args.quick else kernels.RESNET50
+    shapes = cases.QUICK if args.quick else cases.RESNET50
     batch = args.batch or (4 if args.quick else 32)
-    cases = kernels.cases(shapes, batch, args.dtype, args.layout, args.filter)
+    every = cases.resnet50((batch,), args.dtype, ("bn",), args.layout, shapes)
     budget_s = args.budget or (0.05 if args.quick else 1.0)
-    return kernels.run(cases, args.out, budget_s, with_compile=not args.no_compile)
+    some = cases.matching(every, args.filter)
+    return kernels.run(some, args.out, budget_s, with_compile=not args.no_compile)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 
 from benchmarks import report
-from benchmarks.gpu.cases import Case, Subject
-from benchmarks.gpu.clock import MARKER, CudaClock
-from benchmarks.gpu.report import gpu_facts
+from benchmarks.cases import Case
+from benchmarks.gpu_clock import MARKER, CudaClock
+from benchmarks.providers import Subject
 
 METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
 # Tensors much larger than the L2: what a kernel leaves there is counted with the flush behind it.
@@ -108,7 +108,7 @@ def run(out: Path) -> int:
             f"[red]ncu failed ({status}):[/red] {log.read_text() if log.exists() else ''}"
         )
         return status
-    facts = report.provenance() | gpu_facts(torch.device("cuda"))
+    facts = report.provenance() | report.gpu_facts(torch.device("cuda"))
     found = rows(calls(kernels(log.read_text().splitlines(keepends=True))))
     report.write_csv(out / "dram.csv", facts, found)
     labels = list(found[0])[:5]

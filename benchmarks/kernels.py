@@ -1,38 +1,26 @@
-"""ResNet-50's batch norms: every provider is right first, then timed."""
+"""ResNet-50's batch norms on the CPU: every provider is right first, then timed."""
 
-import re
-from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import providers, report, timing
-from benchmarks.providers import Case
-from benchmarks.shapes import QUICK, RESNET50, Shape
+from benchmarks import cpu_clock, providers, report
+from benchmarks.cases import DIRECTIONS, Case
+from benchmarks.check import check
 
-__all__ = ["QUICK", "RESNET50", "cases", "run"]
-
+CPU = torch.device("cpu")
 ALLOCATORS = {
     "fresh": "the C library's own behaviour: outputs over 32 MB are new memory and page-fault",
     "warm": "freed memory is kept: outputs land in memory already written to",
 }
 
 
-def cases(
-    shapes: Iterable[Shape], batch: int, dtypes: list[str], layouts: list[str], pattern: str
-) -> list[Case]:
-    every = [
-        Case(s, batch, dtype, layout) for dtype in dtypes for layout in layouts for s in shapes
-    ]
-    return [case for case in every if re.search(pattern, str(case))]
-
-
-def check(cases: list[Case], with_compile: bool, progress: Progress) -> report.Verdicts:
-    """Everybody against the float64 reference, on the operands that are timed later."""
+def check_all(cases: list[Case], with_compile: bool, progress: Progress) -> report.Verdicts:
     verdicts: report.Verdicts = {}
     for case in progress.track(cases, description="checking"):
-        verdicts[case] = providers.check(case, providers.batch_norms(case, with_compile))
+        verdicts[case] = check(case, providers.subjects(case, CPU, with_compile))
         for failure in (f for verdict in verdicts[case].values() for f in verdict.failures):
             progress.console.print(f"[red]beyond the bound:[/red] {failure}", highlight=False)
     return verdicts
@@ -44,13 +32,13 @@ def measure(
     timings: report.Timings = {}
     for case in progress.track(cases, description=f"timing, {allocator} allocator"):
         if allocator == "warm":
-            timing.touch(12 * case.bytes)  # operands, retained outputs, results, and room
-        operands = case.operands()
-        norms = providers.batch_norms(case, with_compile)
-        for direction in providers.FLOOR_TENSORS:
-            calls = providers.calls(norms, operands, direction)
-            key = report.Key(allocator, direction, case)
-            timings[key] = timing.alternate(calls, budget_s)
+            cpu_clock.touch(12 * case.bytes)  # operands, retained outputs, results, and room
+        subjects = providers.subjects(case, CPU, with_compile)
+        for direction in DIRECTIONS[:2]:
+            names = "copy", *subjects
+            calls = {name: providers.call(subjects, name, direction) for name in names}
+            key = report.Key(case, direction, allocator)
+            timings[key] = cpu_clock.alternate(calls, budget_s)
     return timings
 
 
@@ -61,23 +49,24 @@ def run(cases: list[Case], out: Path, budget_s: float, with_compile: bool) -> in
     facts["torch.compile"] = f"left out: {reason}" if reason else "inductor, static shapes"
     # No refreshing thread: it would take a core from what is timed.
     with Progress(console=console, auto_refresh=False) as progress:
-        verdicts = check(cases, reason is None, progress)
+        verdicts = check_all(cases, reason is None, progress)
         console.print(report.error_table(verdicts))
         if any(verdict["bnext"].failures for verdict in verdicts.values()):
             console.print("[red]bnext is wrong; nothing was timed.[/red]")
             return 1
         timings = measure(cases, "fresh", reason is None, budget_s, progress)
-        no_warm = timing.keep_freed_memory()
+        no_warm = cpu_clock.keep_freed_memory()
         facts["warm allocator"] = f"left out: {no_warm}" if no_warm else "mallopt"
         if no_warm is None:
             timings |= measure(cases, "warm", reason is None, budget_s, progress)
-    for table in report.timing_tables(timings):
+    for table in report.cpu_tables(timings):
         console.print(table)
-    console.print(report.summary_table(timings))
     for allocator, meaning in ALLOCATORS.items():
         console.print(f"{allocator} allocator: {meaning}.", highlight=False)
     console.print(report.facts_table(facts))
-    report.write_csv(out / "kernels.csv", facts, report.timing_rows(timings))
-    report.plot_bandwidth(out, timings, facts)
+    report.write_csv(out / "kernels.csv", facts, report.cpu_rows(timings))
+    for allocator, some in report.grouped(timings, lambda key: key.setting).items():
+        title = f"Training batch norm, ResNet-50's shapes, {allocator} allocator"
+        report.plot_bandwidth(out / f"bandwidth-{allocator}.png", some, title, facts)
     console.print(f"Written to {out}/kernels.csv and bandwidth-*.png", highlight=False)
     return 0

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import nn
 
 import bnext
-from benchmarks import report, timing
+from benchmarks import cpu_clock, report
 
 CHANNELS = 4
 _MODES: dict[str, tuple[bool, Callable[[], AbstractContextManager[object]]]] = {
@@ -22,7 +22,7 @@ _MODES: dict[str, tuple[bool, Callable[[], AbstractContextManager[object]]]] = {
 }
 
 
-def _call(module: nn.Module, mode: str) -> timing.Call:
+def _call(module: nn.Module, mode: str) -> cpu_clock.Call:
     x = torch.randn(2, CHANNELS, 2, 2, generator=torch.Generator().manual_seed(0))
     if mode != "training forward + backward":
         x.requires_grad_(mode == "training forward")
@@ -32,7 +32,7 @@ def _call(module: nn.Module, mode: str) -> timing.Call:
     return lambda: torch.autograd.grad(module(x), wanted, grad_out)
 
 
-def _second_derivative(module: nn.Module, memory_format: torch.memory_format) -> timing.Call:
+def _second_derivative(module: nn.Module, memory_format: torch.memory_format) -> cpu_clock.Call:
     """What a gradient penalty adds: the gradients of dx for dy, x and the weight."""
     x, dy, v = (
         torch.randn(32, 64, 56, 56, generator=torch.Generator().manual_seed(seed))
@@ -47,7 +47,7 @@ def _second_derivative(module: nn.Module, memory_format: torch.memory_format) ->
 @dataclass(frozen=True)
 class Comparison:
     mode: str
-    calls: dict[str, timing.Call]
+    calls: dict[str, cpu_clock.Call]
     context: Callable[[], AbstractContextManager[object]]
     repeat: int
     rounds: int
@@ -86,7 +86,7 @@ def run(out: Path, rounds: int, repeat: int) -> int:
             for call in comparison.calls.values():
                 for _ in range(comparison.repeat):
                     call()
-            timed = timing.alternate(
+            timed = cpu_clock.alternate(
                 comparison.calls, float("inf"), comparison.repeat, comparison.rounds
             )
         pairs = zip(timed["bnext"].seconds, timed["torch"].seconds, strict=True)

@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 import bnext
 from benchmarks import report
-from benchmarks.gpu.report import gpu_facts
-from benchmarks.norm_act import NormAct
+from benchmarks.providers import NormAct
 
 CLASSES, WARM_UP_STEPS = 1000, 5
 Norm = Callable[[int], nn.Module]  # relu(norm(x) + residual)
@@ -139,7 +138,7 @@ def train(model: nn.Module, precision: Precision, settings: Settings, compiled: 
 def run(out: Path, settings: Settings, minutes: float, with_compile: bool) -> int:
     console = Console(width=110)
     end = time.perf_counter() + minutes * 60
-    facts = report.provenance() | gpu_facts(settings.device)
+    facts = report.provenance() | report.gpu_facts(settings.device)
     images = f"{settings.batch} images of {settings.size}x{settings.size}"
     facts["step"] = f"{images}, {settings.steps} steps timed"
     facts["convolutions"] = f"TF32 {'on' if torch.backends.cudnn.allow_tf32 else 'off'} in float32"

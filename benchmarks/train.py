@@ -12,8 +12,6 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from sklearn.datasets import load_digits  # type: ignore[import-untyped]
-from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
 import bnext
@@ -52,6 +50,10 @@ def resnet() -> nn.Sequential:
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images [1437, 1, 8, 8] and labels, then the 360 held out, stratified."""
+    # Here, so that the other benchmarks do without scikit-learn.
+    from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
+
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(data.target)
@@ -112,7 +114,7 @@ def run(out: Path, epochs: int) -> int:
         for epoch in progress.track(range(epochs), description="training"):
             order = torch.split(torch.randperm(len(labels)), BATCH)
             batches = [(images[i], labels[i]) for i in order]
-            # Whoever comes first changes, so that neither is always the one after a pause.
+            # They take turns at going first, so that neither always follows a pause.
             for each in list(runs.values())[:: 1 if epoch % 2 else -1]:
                 each.epoch(batches)
                 each.test(test_images, test_labels)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import reference
+import criterion
+from bnext import reference
 from bnext.functional import batch_norm, batch_norm_act
 from cases import AFFINE, DTYPES, LAYOUTS, SHAPES, Case, dtype_id, make, shape_id
 
@@ -67,7 +68,7 @@ def check_backward(case: Case, training: bool, relu: bool) -> None:
             continue
         assert actual is not None and torch_leaf.grad is not None, name
         assert actual.dtype == torch_leaf.dtype, name
-        reference.assert_as_good_as_torch(actual, torch_leaf.grad, value, magnitude, name)
+        criterion.assert_as_good_as_torch(actual, torch_leaf.grad, value, magnitude, name)
     assert dx is not None
     assert dx.is_contiguous(memory_format=memory_format_of(y)), "grad_input's memory format"
     if case.residual is not None:
@@ -183,7 +184,7 @@ def test_two_forwards_before_one_backward(device) -> None:
     (y1 * first.grad_out + y2 * second.grad_out).sum().backward()
     for x, case in ((x1, first), (x2, second)):
         expected = reference.backward(case.grad_out, case.x)
-        reference.assert_as_good_as_torch(x.grad, None, expected.input, expected.input_magnitude)
+        criterion.assert_as_good_as_torch(x.grad, None, expected.input, expected.input_magnitude)
 
 
 def test_backward_twice_with_retained_graph_is_equal(device) -> None:
@@ -251,8 +252,8 @@ def test_products_beyond_float16_do_not_overflow(training, device) -> None:
     )
     _, (dx, dweight, _, _) = gradients(case, training, relu=False)
     assert dx is not None and dweight is not None
-    reference.assert_as_good_as_torch(dx, None, expected.input, expected.input_magnitude)
-    reference.assert_as_good_as_torch(dweight, None, expected.weight, expected.weight_magnitude)
+    criterion.assert_as_good_as_torch(dx, None, expected.input, expected.input_magnitude)
+    criterion.assert_as_good_as_torch(dweight, None, expected.weight, expected.weight_magnitude)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

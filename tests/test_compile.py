@@ -230,6 +230,15 @@ def test_without_running_statistics_or_parameters(training) -> None:
     assert_close(compiled(x), theirs.train(training)(x))
 
 
+def test_momentum_none_counts_the_batches() -> None:
+    ours, theirs = bnext.BatchNorm2d(3, momentum=None), nn.BatchNorm2d(3, momentum=None)
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    for _ in range(3):
+        x = torch.randn(4, 3, 8, 8)
+        compiled(x), theirs(x)
+    assert_close(ours.state_dict(), theirs.state_dict())
+
+
 def test_frozen_statistics_in_a_training_step(device) -> None:
     """bn.eval() inside a network that trains, as detection models do."""
     ours, theirs = blocks(True, device)

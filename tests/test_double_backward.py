@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import bnext
-import reference
+from bnext import reference
 from bnext.functional import batch_norm_act
 from cases import DTYPES, SHAPES, Case, dtype_id, make, shape_id
 

@@ -313,6 +313,27 @@ def test_swa_and_sync_batch_norm_tools_recognise_it() -> None:
     assert model[1].momentum == 0.5
 
 
+def test_parameters_used_twice_accumulate() -> None:
+    x = torch.randn(6, 4)
+    results = []
+    for bn in (bnext.BatchNorm1d(4), nn.BatchNorm1d(4)):
+        bn(bn(x) * 2 + 1).pow(3).sum().backward()
+        results.append((bn.weight.grad, bn.bias.grad, bn.state_dict()))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+def test_anomaly_mode_and_saved_tensor_hooks() -> None:
+    bn = bnext.BatchNorm2d(3)
+    packed = []
+    with (
+        torch.autograd.detect_anomaly(check_nan=True),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t) or t, lambda t: t),
+    ):
+        bn(torch.randn(4, 3, 8, 8, requires_grad=True)).sum().backward()
+    assert any(t.shape == (4, 3, 8, 8) for t in packed)
+    assert not any(t is b for t in packed for b in bn.buffers()), "a running statistic was saved"
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_version_counters_of_buffers_are_torchs(training, device) -> None:
     """Autograd notices changed buffers by them."""

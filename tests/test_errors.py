@@ -217,7 +217,8 @@ NUMBERS = {
     "scalar tensor": torch.tensor(0.25), "integer tensor": torch.tensor(1),
     "one-element tensor": torch.tensor([0.25]), "parameter": nn.Parameter(torch.tensor(0.25)),
     "one-element parameter": nn.Parameter(torch.tensor([0.25])), "array": np.array([0.25]),
-    "0-d array": np.array(0.25), "huge": 10**400, "text": "0.25", "complex": 1j, "None": None, "list": [0.25],
+    "0-d array": np.array(0.25), "huge": 10**400, "text": "0.25",
+    "complex": 1j, "None": None, "list": [0.25],
 }  # fmt: skip
 
 

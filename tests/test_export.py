@@ -102,6 +102,7 @@ def test_core_aten_decomposition_of_an_eval_model_holds_no_op_of_ours() -> None:
     ours, theirs = nets(False)
     program = torch.export.export(ours, (data(),)).run_decompositions()
     assert not any("bnext" in str(node.target) for node in program.graph.nodes)
+    assert not program.graph_signature.buffers_to_mutate
     x = data()
     assert_close(program.module()(x), theirs(x))
 
@@ -177,6 +178,15 @@ def test_trace_of_a_training_model_updates_the_statistics() -> None:
         traced.load_state_dict(theirs.state_dict())
         assert_close(traced(x), theirs(x))
     assert_close(dict(traced.named_buffers()), dict(theirs.named_buffers()))
+
+
+def test_trace_in_eval_takes_other_sizes() -> None:
+    ours, theirs = nets(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(ours, data())
+    x = data(5)
+    assert_close(traced(x), theirs(x))
 
 
 def test_fx_trace_of_a_model_in_a_model_keeps_ours_whole() -> None:

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 import bnext
-import reference
+import criterion
+from bnext import reference
 from bnext.functional import batch_norm, batch_norm_act
 from cases import AFFINE, DTYPES, LAYOUTS, SHAPES, Case, dtype_id, make, shape_id
 
@@ -42,7 +43,7 @@ def check_forward(case: Case, training: bool, relu: bool) -> None:
     )  # fmt: skip
     assert y.dtype == case.x.dtype
     assert memory_order(y) == memory_order(torchs)
-    reference.assert_as_good_as_torch(y, torchs, expected.output, expected.magnitude, "output")
+    criterion.assert_as_good_as_torch(y, torchs, expected.output, expected.magnitude, "output")
     if not training:
         assert torch.equal(mean, case.running_mean), "eval changed running_mean"
         assert torch.equal(var, case.running_var), "eval changed running_var"
@@ -53,8 +54,8 @@ def check_forward(case: Case, training: bool, relu: bool) -> None:
     abs_mean, _ = reference.updated_running_stats(
         case.x.abs(), case.running_mean.abs(), new_var, 0.1
     )
-    reference.assert_as_good_as_torch(mean, torch_mean, new_mean, abs_mean, "running_mean")
-    reference.assert_as_good_as_torch(var, torch_var, new_var, new_var, "running_var")
+    criterion.assert_as_good_as_torch(mean, torch_mean, new_mean, abs_mean, "running_mean")
+    criterion.assert_as_good_as_torch(var, torch_var, new_var, new_var, "running_var")
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -90,7 +91,7 @@ def test_batch_norm_has_torchs_signature_and_result(dtypes, device) -> None:
     )  # fmt: skip
     expected = reference.forward(case.x, case.weight, case.bias, stats=case.stats, eps=1e-3)
     torchs = F.batch_norm(case.x, *case.stats, case.weight, case.bias, False, 0.3, 1e-3)
-    reference.assert_as_good_as_torch(y, torchs, expected.output, expected.magnitude)
+    criterion.assert_as_good_as_torch(y, torchs, expected.output, expected.magnitude)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.25, 1.0])
@@ -153,14 +154,14 @@ def test_training_without_running_stats_uses_the_batch(device) -> None:
     case = make((4, 3, 5), device=device)
     expected = reference.forward(case.x, case.weight, case.bias)
     y = batch_norm(case.x, None, None, case.weight, case.bias, True)
-    reference.assert_as_good_as_torch(y, None, expected.output, expected.magnitude)
+    criterion.assert_as_good_as_torch(y, None, expected.output, expected.magnitude)
 
 
 def test_eps_is_added_to_the_variance_before_the_root(device) -> None:
     x = torch.randn(64, 3, device=device) * 0.01
     expected = reference.forward(x, eps=0.5)
     y = batch_norm(x, None, None, training=True, eps=0.5)
-    reference.assert_as_good_as_torch(y, None, expected.output, expected.magnitude)
+    criterion.assert_as_good_as_torch(y, None, expected.output, expected.magnitude)
 
 
 def strided_inputs() -> dict[str, torch.Tensor]:

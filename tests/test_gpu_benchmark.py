@@ -10,10 +10,8 @@ import torch
 
 import bnext
 from benchmarks import __main__ as command
-from benchmarks import dram, resnet50
-from benchmarks.gpu import cases, clock, report, run
-from benchmarks.shapes import RESNET50
-from benchmarks.timing import Timing
+from benchmarks import cases, check, cpu_clock, dram, gpu, gpu_clock, providers, report, resnet50
+from benchmarks.cpu_clock import Timing
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "on_gpu.sh"
 QUICK = ["gpu", "--device", "cpu", "--quick", "--no-compile", "--budget", "0.01"]
@@ -47,11 +45,11 @@ def test_every_case_can_be_made_and_the_wanted_ones_are_there() -> None:
 def test_quick_run_writes_csv_and_plots(tmp_path) -> None:
     assert command.main([*QUICK, "--filter", "7x7|125x", "--out", str(tmp_path)]) == 0
     rows = read(tmp_path / "gpu.csv")
-    some = run.matching(cases.quick(), "7x7|125x")
-    providers = {"copy", "bnext", "eager"}
+    some = cases.matching(cases.quick(), "7x7|125x")
+    names = {"copy", "bnext", "eager"}
     modes = {*command.DEFAULT_MODES}
-    assert len(rows) == len(some) * len(cases.DIRECTIONS) * len(modes) * len(providers)
-    assert {row["provider"] for row in rows} == providers
+    assert len(rows) == len(some) * len(cases.DIRECTIONS) * len(modes) * len(names)
+    assert {row["provider"] for row in rows} == names
     assert {row["mode"] for row in rows} == modes
     assert {row["variant"] for row in rows} == set(cases.VARIANTS)
     for row in rows:
@@ -74,17 +72,17 @@ def test_a_wrong_kernel_is_found(variant, layout, monkeypatch) -> None:
     operands = case.operands(torch.device("cpu"))
 
     def failures() -> dict[str, list[str]]:
-        subjects = {p: cases.Subject.of(p, case, operands) for p in ("bnext", "eager")}
-        return {p: v.failures for p, v in cases.check(case, subjects).items()}
+        subjects = {p: providers.Subject.of(p, case, operands) for p in ("bnext", "eager")}
+        return {p: v.failures for p, v in check.check(case, subjects).items()}
 
     assert failures() == {"bnext": [], "eager": []}
-    forward = cases.Subject.forward
+    forward = providers.Subject.forward
 
     def wrong(subject):
         output = forward(subject)
         return output * 1.001 if subject.provider == "bnext" else output
 
-    monkeypatch.setattr(cases.Subject, "forward", wrong)
+    monkeypatch.setattr(providers.Subject, "forward", wrong)
     found = failures()
     assert found["bnext"] and not found["eager"]
 
@@ -92,24 +90,24 @@ def test_a_wrong_kernel_is_found(variant, layout, monkeypatch) -> None:
 def test_slices_cover_all_channels_once() -> None:
     for case in (*cases.quick(), cases.Case((64, 64, 512, 512), "float32", "nchw", "bn")):
         channels = list(range(case.shape[1]))
-        assert [c for s in cases._slices(case) for c in channels[s]] == channels
+        assert [c for s in check._slices(case) for c in channels[s]] == channels
 
 
 def test_bnext_wrong_is_exit_status_1(tmp_path, monkeypatch) -> None:
-    wrong = {"bnext": cases.Verdict(1.0, ["x bnext output: error"]), "eager": cases.Verdict(0, [])}
-    monkeypatch.setattr(run, "check", lambda case, subjects: wrong)
+    wrong = {"bnext": check.Verdict(1.0, ["x bnext output: error"]), "eager": check.Verdict(0, [])}
+    monkeypatch.setattr(gpu, "check", lambda case, subjects: wrong)
     assert command.main([*QUICK, "--filter", "125x", "--out", str(tmp_path)]) == 1
 
 
 def test_an_error_in_one_case_does_not_lose_the_others(tmp_path, monkeypatch) -> None:
-    check = run.check
+    working = gpu.check
 
     def broken(case, subjects):
         if len(case.shape) == 2:
             raise RuntimeError("broken")
-        return check(case, subjects)
+        return working(case, subjects)
 
-    monkeypatch.setattr(run, "check", broken)
+    monkeypatch.setattr(gpu, "check", broken)
     assert command.main([*QUICK, "--filter", "7x7.* bn$|125x", "--out", str(tmp_path)]) == 1
     assert {row["shape"] for row in read(tmp_path / "gpu.csv")} == {"4x512x7x7"}
 
@@ -130,7 +128,7 @@ def test_statistics() -> None:
     network = report.network_speedup({key: peers, once: slower}, report.eager_ms)
     assert network == pytest.approx((3 * 6 + 6) / (3 * 2 + 4))
     costs = {(case, "backward", "bnext"): report.Cost(2**20, ["a", "cudnn::b"])}
-    rows = {row["provider"]: row for row in report.rows({key: peers}, costs)}
+    rows = {row["provider"]: row for row in report.gpu_rows({key: peers}, costs)}
     assert rows["bnext"]["share_of_copy"] == "0.75" and rows["copy"]["share_of_copy"] == "1"
     assert rows["bnext"]["launches"] == 2 and rows["bnext"]["uses_cudnn"] is True
     assert rows["bnext"]["peak_mib"] == "1.0" and rows["eager"]["launches"] == ""
@@ -138,23 +136,23 @@ def test_statistics() -> None:
 
 
 def test_rounds_and_parts() -> None:
-    assert clock.rounds_within(1.0, 0.1) == 10
-    assert clock.rounds_within(0.0, 1.0) == clock.LEAST_ROUNDS
-    assert clock.rounds_within(1.0, 0.0) == clock.MOST_ROUNDS
-    assert list(clock.parts(["a", "| 1", "b", "c", "| 2", "| 3", "d"], "|")) == [
+    assert cpu_clock.rounds_within(1.0, 0.1) == 10
+    assert cpu_clock.rounds_within(0.0, 1.0) == cpu_clock.LEAST_ROUNDS
+    assert cpu_clock.rounds_within(1.0, 0.0) == cpu_clock.MOST_ROUNDS
+    assert list(gpu_clock.parts(["a", "| 1", "b", "c", "| 2", "| 3", "d"], "|")) == [
         ["b", "c"], [], ["d"],
     ]  # fmt: skip
-    assert list(clock.parts(["a"], "|")) == []
+    assert list(gpu_clock.parts(["a"], "|")) == []
 
 
 def test_gpu_clock(device) -> None:
     if device.type == "cpu":
-        assert clock.CpuClock().time(list, clock.MODES["warm eager"], 0.0).ms >= 0
+        assert cpu_clock.CpuClock().time(list, gpu_clock.MODES["warm eager"], 0.0).ms >= 0
         return
-    on_gpu = clock.CudaClock(device)
+    on_gpu = gpu_clock.CudaClock(device)
     with on_gpu.stream_in_use():
         x = torch.ones(2**20, device=device)
-        for mode in clock.MODES.values():
+        for mode in gpu_clock.MODES.values():
             assert 1e-4 < on_gpu.time(x.clone, mode, 1e-3).ms < 10
         assert on_gpu.peak_bytes(x.clone) == x.numel() * 4
         launches = on_gpu.launches({"one": x.relu, "two": lambda: (x + 1).relu()})
@@ -191,7 +189,9 @@ def test_resnet50_is_the_network_of_the_shapes() -> None:
         if isinstance(module, torch.nn.BatchNorm2d):
             module.register_forward_hook(lambda m, args, y: seen.append((y.shape[1], y.shape[2])))
     net(torch.empty(2, 3, 224, 224, device="meta"))
-    assert {s: seen.count(s) for s in seen} == {(s.channels, s.size): s.layers for s in RESNET50}
+    assert {s: seen.count(s) for s in seen} == {
+        (s.channels, s.size): s.layers for s in cases.RESNET50
+    }
 
 
 def test_resnet50s_are_the_same_network_with_the_norms_they_name() -> None:

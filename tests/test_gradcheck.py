@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import reference
+from bnext import reference
 from bnext.functional import batch_norm, batch_norm_act
 from cases import AFFINE, DTYPES, LAYOUTS, Case, make
 

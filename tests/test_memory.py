@@ -109,8 +109,7 @@ def test_a_call_that_runs_out_of_memory_raises_and_changes_nothing(layout) -> No
 STORES = """
 import torch
 import bnext
-import reference
-from bnext import _C
+from bnext import _C, reference
 
 torch.manual_seed(0)
 L3 = _C.cpu_device_info(1).l3_bytes

@@ -5,7 +5,8 @@ import ctypes
 import pytest
 import torch
 
-import reference
+import criterion
+from bnext import reference
 from cases import DTYPES, dtype_id, make, shape_id
 from native import calls
 from native.calls import BLOCK, CLUSTER, GRID, RESIDENT, SMALL, STREAMING
@@ -54,7 +55,7 @@ def test_frozen_statistics(dtypes, layout, after) -> None:
     expected = reference.forward(
         case.x, case.weight, case.bias, case.residual, case.stats, relu=setting.relu
     )
-    reference.assert_as_good_as_torch(y.output, None, expected.output, expected.magnitude)
+    criterion.assert_as_good_as_torch(y.output, None, expected.output, expected.magnitude)
     active = y.output > 0 if setting.relu else None
     mask = packed(active, case.x) if after == "residual" else None
     gradients = reference.backward(case.grad_out, case.x, case.weight, case.stats, active=active)
@@ -147,7 +148,7 @@ def test_squares_that_no_float_holds(team, layout, scale) -> None:
     eps = 0.0
     ours = both().run(lambda e: calls.forward(e, TEAMS[team].plan(e, p), p, case.x, eps=eps))
     expected = reference.forward(case.x, eps=eps)
-    reference.assert_as_good_as_torch(ours.output, None, expected.output, expected.magnitude)
+    criterion.assert_as_good_as_torch(ours.output, None, expected.output, expected.magnitude)
     p = problem(case, TEAMS[team], "train_backward")
     grads = both().run(lambda e: calls.backward(
         e, TEAMS[team].plan(e, p), p, case.grad_out, case.x, save_stats=ours.save_stats, eps=eps,
@@ -213,7 +214,7 @@ def test_parameters_may_be_strided() -> None:
     wide = torch.stack([case.weight, case.bias], 1)
     y = forward(case, TEAMS["block"], weight=wide[:, 0], bias=wide[:, 1]).output
     expected = reference.forward(case.x, case.weight, case.bias)
-    reference.assert_as_good_as_torch(y, None, expected.output, expected.magnitude)
+    criterion.assert_as_good_as_torch(y, None, expected.output, expected.magnitude)
 
 
 def test_a_plan_without_kernels_is_refused() -> None:

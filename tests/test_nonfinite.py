@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-import reference
+from bnext import reference
 from bnext.functional import batch_norm, batch_norm_act
 from cases import make
 

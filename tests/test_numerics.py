@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import reference
+import criterion
+from bnext import reference
 from bnext.functional import batch_norm, batch_norm_act
 from cases import DTYPES, dtype_id, make
 
@@ -30,11 +31,11 @@ def check_train(x: Tensor, what: str, torch_allowance: float = 2**-5) -> Tensor:
         outputs.append((y.detach(), *torch.autograd.grad(y, leaf, grad_out)))
     (y, dx), (torch_y, torch_dx) = outputs
     forward = reference.forward(x)
-    reference.assert_as_good_as_torch(
+    criterion.assert_as_good_as_torch(
         y, torch_y, forward.output, forward.magnitude, f"{what}: output", torch_allowance
     )
     backward = reference.backward(grad_out, x)
-    reference.assert_as_good_as_torch(
+    criterion.assert_as_good_as_torch(
         dx, torch_dx, backward.input, backward.input_magnitude, f"{what}: grad", torch_allowance
     )
     return y
@@ -118,9 +119,9 @@ def test_squares_beyond_float32_do_not_overflow(memory_format, scale, device) ->
     (dx,) = torch.autograd.grad(y, x, grad_out)
     x = x.detach()
     forward = reference.forward(x)
-    reference.assert_as_good_as_torch(y.detach(), None, forward.output, forward.magnitude, "output")
+    criterion.assert_as_good_as_torch(y.detach(), None, forward.output, forward.magnitude, "output")
     backward = reference.backward(grad_out, x)
-    reference.assert_as_good_as_torch(dx, None, backward.input, backward.input_magnitude, "grad")
+    criterion.assert_as_good_as_torch(dx, None, backward.input, backward.input_magnitude, "grad")
 
 
 @pytest.mark.parametrize(
@@ -143,8 +144,8 @@ def test_products_of_grad_out_beyond_float32(
     y = batch_norm(x, *(stats or (None, None)), weight, training=training, eps=eps)
     dx, dweight = torch.autograd.grad(y, (x, weight), grad_out)
     expected = reference.backward(grad_out, x.detach(), weight.detach(), stats, eps)
-    reference.assert_as_good_as_torch(dx, None, expected.input, expected.input_magnitude, "dx")
-    reference.assert_as_good_as_torch(
+    criterion.assert_as_good_as_torch(dx, None, expected.input, expected.input_magnitude, "dx")
+    criterion.assert_as_good_as_torch(
         dweight, None, expected.weight, expected.weight_magnitude, "dweight"
     )
 
@@ -179,7 +180,7 @@ def test_subnormal_inputs(dtype, memory_format, device) -> None:
     eps = {torch.float64: 1e-300, torch.float32: 1e-40, torch.float16: 1e-12}[dtype]
     forward = reference.forward(x, eps=eps)
     y = batch_norm(x, None, None, training=True, eps=eps)
-    reference.assert_as_good_as_torch(y, None, forward.output, forward.magnitude, "output")
+    criterion.assert_as_good_as_torch(y, None, forward.output, forward.magnitude, "output")
 
 
 def test_subnormal_mean_is_kept(device) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import bnext
-import reference
+from bnext import reference
 
 train = torch.ops.bnext.batch_norm_train.default
 inference = torch.ops.bnext.batch_norm_inference.default

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-import bnext  # noqa: F401  (registers the ops)
-import reference
+import bnext
+from bnext import reference
 from cases import LAYOUTS, make
 
 train = torch.ops.bnext.batch_norm_train.default
@@ -225,3 +225,11 @@ def test_ops_are_listed_with_the_schemas_of_the_design() -> None:
     ):
         assert argument in schema
     assert not inference._schema.is_mutable and not backward._schema.is_mutable
+
+
+def test_profiler_shows_the_ops_by_name() -> None:
+    bn = bnext.BatchNorm2d(3)
+    with torch.profiler.profile() as profile:
+        bn(torch.randn(4, 3, 8, 8)).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert {"bnext::batch_norm_train", "bnext::batch_norm_backward"} <= names

@@ -170,3 +170,12 @@ def test_modes_and_the_default_device_leave_the_op_in_place(training) -> None:
         assert all("BatchNormFunction" in type(y.grad_fn).__name__ for y in outputs)
     finally:
         torch.set_default_device(None if previous.type == "cpu" else previous)
+
+
+@TRAINING
+def test_a_tensor_subclass_as_input_stays_one(training) -> None:
+    class Labelled(Tensor):
+        pass
+
+    y = bnext.BatchNorm1d(3).train(training)(torch.randn(4, 3).as_subclass(Labelled))
+    assert type(y) is Labelled

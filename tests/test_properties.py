@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-import reference
+from bnext import reference
 from bnext.functional import batch_norm, batch_norm_act
 from cases import DTYPES, Case
 from test_backward import check_backward

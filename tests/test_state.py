@@ -104,6 +104,17 @@ def test_gradients_enabled_in_inference_mode_make_no_graph(training) -> None:
     assert not y.requires_grad and int(module.num_batches_tracked) == training
 
 
+def test_inference_mode_and_no_grad_make_no_graph(device) -> None:
+    bn = bnext.BatchNorm2d(3, device=device)
+    x = torch.randn(4, 3, 8, 8, device=device)
+    with torch.no_grad():
+        assert bn(x).grad_fn is None
+    with torch.inference_mode():
+        assert bn(x).is_inference()
+    assert int(bn.num_batches_tracked) == 2
+    assert bn(x).grad_fn is not None
+
+
 def test_a_relu_saves_its_bias_too() -> None:
     module = bnext.BatchNormAct2d(3)
     with torch.inference_mode():

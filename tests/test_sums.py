@@ -1,6 +1,6 @@
 """How exact long sums are: of values of one sign, about an outlier, far from zero, near overflow.
 
-Errors are in units of rounding (`reference.units`); no result depends on PyTorch's own error, which
+Errors are in units of rounding (`criterion.units`); no result depends on PyTorch's own error, which
 changes with its threads and vectors.
 """
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import reference
+import criterion
 from bnext.functional import batch_norm, batch_norm_act
 from cases import dtype_id
 
@@ -139,12 +139,12 @@ def check_backward(kind: str, shape: str, dtype: torch.dtype) -> None:
     dx, dweight, dbias = torch.autograd.grad(y, (x, weight, bias), grad_out)
     if act:
         grad_out = grad_out * (y > 0)
-    expected = reference.exact(x.detach(), weight.detach(), bias.detach(), grad_out)
+    expected = criterion.exact(x.detach(), weight.detach(), bias.detach(), grad_out)
     assert_within(
         {
-            "dx": (reference.units(dx, expected.input), 4),
-            "dweight": (reference.units(dweight, expected.weight), 4),
-            "dbias": (reference.units(dbias, expected.bias), 4),
+            "dx": (criterion.units(dx, expected.input), 4),
+            "dweight": (criterion.units(dweight, expected.weight), 4),
+            "dbias": (criterion.units(dbias, expected.bias), 4),
         }
     )
 
@@ -155,12 +155,12 @@ def check_forward(kind: str, shape: str, dtype: torch.dtype) -> None:
     mean = torch.zeros(x.shape[1], dtype=params(dtype))
     var = torch.zeros_like(mean)
     y = batch_norm(x, mean, var, training=True, momentum=1.0)
-    expected = reference.exact(x, torch.ones_like(mean), torch.zeros_like(mean), x)
+    expected = criterion.exact(x, torch.ones_like(mean), torch.zeros_like(mean), x)
     assert_within(
         {
-            "mean": (reference.units(mean, expected.mean), 4),
-            "var": (reference.units(var, expected.var), 6),  # twice as often rounded
-            "y": (reference.units(y, expected.output), 4),
+            "mean": (criterion.units(mean, expected.mean), 4),
+            "var": (criterion.units(var, expected.var), 6),  # twice as often rounded
+            "y": (criterion.units(y, expected.output), 4),
         }
     )
 
@@ -319,9 +319,9 @@ def test_sums_of_grad_out_beyond_float32(kind, shape, dtype) -> None:
     y = batch_norm(x, None, None, weight, bias, True)
     grad_out = OVERFLOWING[kind](y.detach())
     grads = torch.autograd.grad(y, (x, weight, bias), grad_out)
-    expected = reference.exact(x.detach(), weight.detach(), bias.detach(), grad_out)
+    expected = criterion.exact(x.detach(), weight.detach(), bias.detach(), grad_out)
     for grad, value in zip(grads, (expected.input, expected.weight, expected.bias), strict=True):
-        assert reference.units(grad, value).max() <= 4
+        assert criterion.units(grad, value).max() <= 4
 
 
 def far_means() -> list[object]:
@@ -344,11 +344,11 @@ def test_a_far_mean_costs_nothing(shape, dtype, ratio) -> None:
     y = batch_norm(x, None, None, weight, bias, True)
     grad_out = torch.randn_like(y) + 2  # so that the mean's error would reach dweight
     dx, dweight, _ = torch.autograd.grad(y, (x, weight, bias), grad_out)
-    expected = reference.exact(x.detach(), weight.detach(), bias.detach(), grad_out)
+    expected = criterion.exact(x.detach(), weight.detach(), bias.detach(), grad_out)
     assert_within(
         {
-            "y": (reference.units(y, expected.output), 8),
-            "dx": (reference.units(dx, expected.input), 8),
-            "dweight": (reference.units(dweight, expected.weight), 8),
+            "y": (criterion.units(y, expected.output), 8),
+            "dx": (criterion.units(dx, expected.input), 8),
+            "dweight": (criterion.units(dweight, expected.weight), 8),
         }
     )

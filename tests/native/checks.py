@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import reference
+import criterion
+from bnext import reference
 from cases import Case
 from native import calls, emulated
 from native.calls import H100, RESIDENT
@@ -103,7 +104,7 @@ def check_training(case: Case, setting: Setting, **fields) -> calls.CudaPlan:
     ours = both().run(run_forward)
     torch.testing.assert_close(*states, rtol=0, atol=0)
     expected = reference.forward(x, case.weight, case.bias, case.residual, relu=setting.relu)
-    reference.assert_as_good_as_torch(
+    criterion.assert_as_good_as_torch(
         ours.output, None, expected.output, expected.magnitude, "output"
     )
     stats = torch.stack([expected.mean, expected.invstd])
@@ -130,7 +131,7 @@ def check_gradients(grads: calls.Backward, case: Case, expected: reference.Backw
     for name in ("input", "weight", "bias"):
         got = getattr(grads, name)
         if got is not None:
-            reference.assert_as_good_as_torch(
+            criterion.assert_as_good_as_torch(
                 got, None, getattr(expected, name), getattr(expected, f"{name}_magnitude"), name
             )
     if grads.residual is not None:

@@ -9,10 +9,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.timing import Call, Timing
+from benchmarks.cpu_clock import Call, Timing, rounds_within
 
-MARKER = "spin_kernel"  # of torch.cuda._sleep
-LEAST_ROUNDS, MOST_ROUNDS = 5, 50
+MARKER = "spin_kernel"  # what torch.cuda._sleep launches
 
 
 class Mode(NamedTuple):
@@ -26,18 +25,14 @@ class Mode(NamedTuple):
 MODES = {str(mode): mode for mode in (Mode(c, g) for g in (True, False) for c in (True, False))}
 
 
-def rounds_within(budget_s: float, seconds: float) -> int:
-    return max(LEAST_ROUNDS, min(MOST_ROUNDS, int(budget_s / max(seconds, 1e-9))))
-
-
 class CudaClock:
-    """To be used on its stream: `with clock.stream_in_use(): ...`, operands made there as well."""
+    """Calls and their operands belong on its stream: `with clock.stream_in_use(): ...`."""
 
     def __init__(self, device: torch.device) -> None:
         torch.cuda.set_device(device.index or 0)
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self.stream = torch.cuda.Stream(device)
-        # Read, not written: what is left in the L2 is clean, and no one pays for its write-back.
+        # Read, not written: what stays in the L2 is clean, so no call pays for its write-back.
         self.scrap = torch.ones(4 * l2_bytes // 4, device=device)
         self.sum = torch.empty((), device=device)
         torch.cuda.synchronize()
@@ -58,8 +53,8 @@ class CudaClock:
     def time(self, call: Call, mode: Mode, budget_s: float) -> Timing:
         """Medians of event pairs; nothing is subtracted.
 
-        A cold call is alone between its events, behind a flush, while which the CPU runs ahead. Of
-        warm ones as many in a row as make up for the events' resolution.
+        Each cold call follows a flush, during which the CPU queues work. Warm calls repeat until
+        they exceed the events' resolution.
         """
         for _ in range(3):
             call()
@@ -106,7 +101,7 @@ class CudaClock:
 
     @staticmethod
     def peak_bytes(call: Call) -> int | None:
-        """Of what a call allocates, results included."""
+        """The most memory that a call holds, results included."""
         call()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -144,34 +139,3 @@ def parts(names: Sequence[str], marker: str) -> Iterator[list[str]]:
             part.append(name)
     if part is not None:
         yield part
-
-
-class CpuClock:
-    """The same without a GPU, where there are no graphs, launches or flushes: for smoke tests."""
-
-    def stream_in_use(self) -> contextlib.AbstractContextManager[object]:
-        return contextlib.nullcontext()
-
-    def warm_up(self) -> None:
-        pass
-
-    def time(self, call: Call, mode: Mode, budget_s: float) -> Timing:
-        del mode
-        seconds: list[float] = []
-        for _ in range(rounds_within(budget_s, self._once(call))):
-            seconds.append(self._once(call))  # noqa: PERF401
-        return Timing(seconds, [])
-
-    @staticmethod
-    def _once(call: Call) -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    def peak_bytes(self, call: Call) -> int | None:
-        del call
-        return None
-
-    def launches(self, calls: Mapping[str, Call]) -> dict[str, list[str]]:
-        del calls
-        return {}

@@ -1,5 +1,6 @@
-"""Alternating rounds in one process, and what the allocator does meanwhile."""
+"""How a call is timed on the CPU: alternating rounds in one process, and a fixed allocator."""
 
+import contextlib
 import ctypes
 import random
 import resource
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 Call = Callable[[], object]
+LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -40,9 +42,8 @@ def alternate(
 ) -> dict[str, Timing]:
     """Times every call once a round, `repeat` times in a row, until the budget is spent.
 
-    The order of a round is drawn, so that nobody always finds the caches as the same neighbour left
-    them. What a call returns is freed outside the timed region. At least 5 rounds, after 3 that are
-    not counted.
+    The order of each round is random, so that no call always follows the same one. What a call
+    returns is freed outside the timed region. At least 5 rounds, after 3 that are not counted.
     """
     results: dict[str, Timing] = {name: Timing([], []) for name in calls}
     shuffled = random.Random(0)
@@ -83,3 +84,38 @@ def keep_freed_memory() -> str | None:
 def touch(size_bytes: int) -> None:
     """After `keep_freed_memory`: makes sure that much free memory has been written to once."""
     torch.empty(size_bytes, dtype=torch.uint8).fill_(0)
+
+
+def rounds_within(budget_s: float, seconds: float) -> int:
+    return max(LEAST_ROUNDS, min(MOST_ROUNDS, int(budget_s / max(seconds, 1e-9))))
+
+
+class CpuClock:
+    """Stands in for the GPU's clock in smoke tests: no graphs, launches or flushes."""
+
+    def stream_in_use(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+    def warm_up(self) -> None:
+        pass
+
+    def time(self, call: Call, mode: object, budget_s: float) -> Timing:
+        del mode
+        seconds: list[float] = []
+        for _ in range(rounds_within(budget_s, self._once(call))):
+            seconds.append(self._once(call))  # noqa: PERF401
+        return Timing(seconds, [])
+
+    @staticmethod
+    def _once(call: Call) -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    def peak_bytes(self, call: Call) -> int | None:
+        del call
+        return None
+
+    def launches(self, calls: Mapping[str, Call]) -> dict[str, list[str]]:
+        del calls
+        return {}

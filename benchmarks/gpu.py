@@ -1,8 +1,7 @@
-"""Checks, times and counts every provider, case by case, until the time is up."""
+"""The kernel benchmark on a GPU: checks, times and counts every provider, case by case."""
 
 import multiprocessing
 import os
-import re
 import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, wait
@@ -12,32 +11,27 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import providers
-from benchmarks.gpu import report
-from benchmarks.gpu.cases import DIRECTIONS, PROVIDERS, Case, Subject, check, chosen
-from benchmarks.gpu.clock import CpuClock, CudaClock, Mode
-from benchmarks.report import facts_table, provenance, write_csv
-from benchmarks.timing import Call
+from benchmarks import providers, report
+from benchmarks.cases import DIRECTIONS, Case
+from benchmarks.check import check
+from benchmarks.cpu_clock import Call, CpuClock
+from benchmarks.gpu_clock import CudaClock, Mode
+from benchmarks.providers import Subject, chosen
 
-# Of the time there is: compiling ahead, and counting launches at the end.
+# Shares of all time: compiling ahead, and counting launches at the end.
 COMPILE_SHARE, COUNT_SHARE = 0.25, 0.15
-
-
-def matching(cases: Iterable[Case], pattern: str) -> list[Case]:
-    return [case for case in cases if re.search(pattern, str(case))]
 
 
 def _compile(case: Case, device: str) -> None:
     """In a process of its own: leaves the code in Inductor's cache on disk."""
     providers.why_not_compiled(device)
-    torch._dynamo.reset()
     subject = Subject.of("compile", case, case.operands(torch.device(device)))
     subject.backward(subject.forward(), retain_graph=False)
     torch.cuda.empty_cache()
 
 
 def compiled_ahead(cases: list[Case], device: torch.device, seconds: float) -> set[Case]:
-    """The cases that torch.compile was done with in that time, on all cores."""
+    """The cases that torch.compile finished within that time, on all cores."""
     threads = "TORCHINDUCTOR_COMPILE_THREADS"
     before = os.environ.get(threads)
     os.environ[threads] = "1"
@@ -57,7 +51,7 @@ def compiled_ahead(cases: list[Case], device: torch.device, seconds: float) -> s
 
 
 class Run:
-    """What is known of a device so far."""
+    """What has been measured on a device so far."""
 
     def __init__(self, device: torch.device, modes: list[Mode], budget_s: float) -> None:
         self.device, self.modes, self.budget_s = device, modes, budget_s
@@ -69,16 +63,8 @@ class Run:
         self.problems: list[str] = []
         self.failed = False
 
-    def names(self, case: Case) -> list[str]:
-        left_out = set() if case in self.to_compile else {"compile"}
-        left_out |= set() if self.on_gpu else {"aten"}  # there is no cuDNN to switch off
-        return [name for name in PROVIDERS if name not in left_out]
-
     def subjects(self, case: Case) -> dict[str, Subject]:
-        torch._dynamo.reset()  # or a limit on recompilations is met
-        operands = case.operands(self.device)
-        names = [name for name in self.names(case) if name != "copy"]
-        return {name: Subject.of(name, case, operands) for name in names}
+        return providers.subjects(case, self.device, case in self.to_compile)
 
     def measure(self, case: Case) -> None:
         subjects = self.subjects(case)
@@ -87,11 +73,10 @@ class Run:
         if verdicts["bnext"].failures:
             self.failed = True
             return
-        copy: Call = next(iter(subjects.values())).operands.x.detach().clone
         for direction in DIRECTIONS:
-            for name in self.names(case):
+            for name in ("copy", *subjects):
                 with chosen(name):
-                    call = copy if name == "copy" else subjects[name].call(direction)
+                    call = providers.call(subjects, name, direction)
                     for mode in self.modes:
                         key = report.Key(case, direction, str(mode))
                         timing = self.clock.time(call, mode, self.budget_s)
@@ -133,7 +118,7 @@ class Run:
         return done
 
     def write(self, out: Path, facts: dict[str, str]) -> None:
-        write_csv(out / "gpu.csv", facts, report.rows(self.timings, self.costs))
+        report.write_csv(out / "gpu.csv", facts, report.gpu_rows(self.timings, self.costs))
 
 
 def _with_chosen(provider: str, call: Call) -> Call:
@@ -155,10 +140,10 @@ def run(
 ) -> int:
     start, seconds = time.perf_counter(), minutes * 60
     console = Console(width=110)
-    facts = provenance() | report.gpu_facts(device)
+    facts = report.provenance() | report.gpu_facts(device)
     reason = providers.why_not_compiled(str(device)) if with_compile else "--no-compile"
     facts["torch.compile"] = f"left out: {reason}" if reason else "inductor, static shapes"
-    console.print(facts_table(facts))
+    console.print(report.facts_table(facts))
     this = Run(device, modes, budget_s)
     if not reason:
         ahead = this.on_gpu
@@ -179,9 +164,9 @@ def run(
     if not this.timings:
         console.print("[red]nothing was timed.[/red]")
         return 1
-    for table in report.tables(this.timings):
+    for table in report.gpu_tables(this.timings):
         console.print(table)
-    report.plot_bandwidth(out / "gpu-bandwidth.png", this.timings, facts)
+    report.plot_largest(out / "gpu-bandwidth.png", this.timings, facts)
     report.plot_speedup(out / "gpu-speedup.png", this.timings, facts)
     console.print(f"Measured {facts['cases']}. Written to {out}/gpu.csv and gpu-*.png")
     return int(this.failed)
