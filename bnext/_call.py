@@ -73,7 +73,7 @@ def normalize(
                 training, momentum, eps, relu,
             )  # fmt: skip
     if (
-        (training and input.size(0) == 1)
+        (training and input.shape[0] == 1)
         or type(momentum) is not float
         or type(eps) is not float
         or eps <= 0.0
