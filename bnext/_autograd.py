@@ -82,7 +82,9 @@ class BatchNormFunction(torch.autograd.Function):
         """Run the op and save for backward."""
         output: Tensor
         running_mean, running_var, num_batches_tracked, training, momentum, eps, relu = rest
-        if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
+        if (running_mean is not None and running_mean.requires_grad) or (
+            running_var is not None and running_var.requires_grad
+        ):
             refuse_gradients_of_statistics(running_mean, running_var)
         # Nothing is saved that backward does without, since all of it may change before: not the
         # output, not in training the running statistics, and the bias only for the sign of a ReLU,
