@@ -97,7 +97,7 @@ sanitize: $(VENV)/with-test
 # One wheel under several torches: make across-torch PYTHONS="a/bin/python b/bin/python"
 PYTHONS ?= $(VENV)/bin/python
 across-torch: build
-	python tests/across_torch.py $(PYTHONS)
+	python tests/packaging/across_torch.py $(PYTHONS)
 
 # What .ci/run holds pip to.
 torch:

@@ -13,7 +13,7 @@ from benchmarks import __main__ as command
 from benchmarks import cases, check, cpu_clock, dram, gpu, gpu_clock, providers, report, resnet50
 from benchmarks.cpu_clock import Timing
 
-SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "on_gpu.sh"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "on_gpu.sh"
 QUICK = ["gpu", "--device", "cpu", "--quick", "--no-compile", "--budget", "0.01"]
 
 

@@ -4,11 +4,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from test_state import assert_unchanged, state_of
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 import bnext
-from test_state import assert_unchanged, state_of
 
 
 @pytest.mark.parametrize("residual", [torch.randn(4, 3, 6), torch.randn(4, 3, 1, 5)], ids=str)

@@ -9,8 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing._internal.common_utils import noncontiguous_like
-
-import bnext
 from torch_samples import (
     MODULES,
     NAMES,
@@ -21,6 +19,8 @@ from torch_samples import (
     module_samples,
     run,
 )
+
+import bnext
 
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 PACKAGES = (bnext, nn)

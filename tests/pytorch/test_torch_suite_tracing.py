@@ -24,9 +24,9 @@ from torch.fx.operator_schemas import normalize_function
 from torch.testing._internal import common_utils
 from torch.testing._internal.common_jit import JitCommonTestCase, check_against_reference
 from torch.utils._pytree import tree_map, tree_map_only
+from torch_samples import OURS, THEIRS, Call, fresh, functional_calls, leaves, outcome
 
 import bnext
-from torch_samples import OURS, THEIRS, Call, fresh, functional_calls, leaves, outcome
 
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 

@@ -17,7 +17,7 @@ import pytest
 import bnext
 import setup
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHS = ["sm_80", "sm_90a", "sm_100"]
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-cubin", "-Xptxas", "-v",

@@ -9,7 +9,7 @@ import pytest
 
 from bnext import _C
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 
 
 def run(code: str) -> None:

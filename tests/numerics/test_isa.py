@@ -9,12 +9,16 @@ import pytest
 
 from bnext import _C
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 NAMES = ["default", "avx2", "avx512"]
 
 
 def run(isa: str, code: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "BNEXT_CPU_CAPABILITY": isa, "PYTHONPATH": str(TESTS.parent)}
+    environment = {
+        **os.environ,
+        "BNEXT_CPU_CAPABILITY": isa,
+        "PYTHONPATH": f"{TESTS.parent}:{TESTS}/numerics",
+    }
     return subprocess.run(
         [sys.executable, "-c", code], cwd=TESTS, env=environment, capture_output=True, text=True,
         check=False,

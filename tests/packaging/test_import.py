@@ -12,7 +12,7 @@ import torch
 import bnext
 import bnext._C
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

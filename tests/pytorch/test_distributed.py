@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import bnext
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
 
 

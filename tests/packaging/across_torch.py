@@ -1,6 +1,6 @@
 """Builds one wheel and runs a smoke test with it under every Python environment named.
 
-    python tests/across_torch.py env-a/bin/python env-b/bin/python ...
+    python tests/packaging/across_torch.py env-a/bin/python env-b/bin/python ...
 
 The wheel is built once, against the torch of the first environment; the others get the same files
 whatever their torch (they must be the same Python version). Exits with 1 if any of them fails.
@@ -15,7 +15,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def main(pythons: list[str]) -> int:

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from test_backward import check_backward
+from test_forward import check_forward
 from torch import Tensor
 
 from bnext import reference
 from bnext.functional import batch_norm, batch_norm_act
 from cases import DTYPES, Case
-from test_backward import check_backward
-from test_forward import check_forward
 
 
 @st.composite

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune as prune
+from test_fuse import assert_close, fused, randomised, step
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -21,7 +22,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 import bnext
 from bnext.fuse import FusedForward
 from models import Basic, Bottleneck, DenseNet, MobileNet, ResNet
-from test_fuse import assert_close, fused, randomised, step
 
 
 class Summed(nn.Module):
