@@ -235,7 +235,7 @@ def compile_flags(torch: Torch, cuda: Cuda) -> list[str]:
     # The same arithmetic in every context: backward recomputes signs of forward's results.
     flags += ["-ffp-contract=off"]
     major, minor = MINIMUM_TORCH
-    flags += [nameless(ROOT), *include(torch.path / "include")]
+    flags += include(torch.path / "include")
     flags += [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"]
     if cuda.nvcc:
         flags += ["-DBNEXT_WITH_CUDA", "-DUSE_CUDA"]
@@ -280,7 +280,9 @@ def nvcc_flags(cuda: Cuda) -> list[str]:
 def ninja_manifest(version: str, torch: Torch, cuda: Cuda) -> str:
     """The text of build.ninja: every object, then _C.so from them."""
     # -MD and not -MMD: another torch in the same place must rebuild too.
-    compiler = f"{shell(cxx())} -MD -MF $out.d $flags {shell(compile_flags(torch, cuda))}"
+    # Of several prefixes that fit, the compiler takes the last: the environment may be in ROOT.
+    compiler = f"{shell(cxx())} -MD -MF $out.d {shell([nameless(ROOT)])} $flags "
+    compiler += shell(compile_flags(torch, cuda))
     appended = f"NVCC_APPEND_FLAGS={shell([os.environ.get('NVCC_APPEND_FLAGS', '')])}"
     nvcc = f"{appended} {shell([cuda.nvcc])} -MD -MF $out.d {shell(nvcc_flags(cuda))}"
     link = f"{shell(cxx())} -shared -o $out $in {shell(link_flags(torch, cuda))}"

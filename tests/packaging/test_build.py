@@ -82,6 +82,7 @@ def test_no_folder_of_the_building_machine_is_named_inside() -> None:
     assert b"torch/csrc/stable/" in inside, "__FILE__ is used"
     folders = [ROOT, Path(torch.__file__).parent, pybind11.get_include(), sys.base_prefix]
     assert not [folder for folder in folders if f"{folder}/".encode() in inside]
+    assert b"site-packages" not in inside
 
 
 def test_every_symbol_is_bound_when_it_is_loaded() -> None:
