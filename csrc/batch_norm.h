@@ -12,13 +12,24 @@ constexpr int64_t element_size(DType t) {
   return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2;
 }
 
-enum class Stage : uint8_t { kTrainForward, kEvalForward, kTrainBackward, kEvalBackward };
+enum class Stage : uint8_t {
+  kTrainForward,
+  kEvalForward,
+  kTrainBackward,
+  kEvalBackward,
+  kDoubleBackward,  // with the batch's statistics or frozen ones: both sum first
+};
 
+// Whether sums over all values come before the first result.
 constexpr bool is_training(Stage s) {
-  return s == Stage::kTrainForward || s == Stage::kTrainBackward;
+  return s == Stage::kTrainForward || s == Stage::kTrainBackward || s == Stage::kDoubleBackward;
 }
 constexpr bool is_backward(Stage s) {
-  return s == Stage::kTrainBackward || s == Stage::kEvalBackward;
+  return s != Stage::kTrainForward && s != Stage::kEvalForward;
+}
+// Tensors that are read for the sums and once more to apply them.
+constexpr int64_t operands(Stage s) {
+  return !is_backward(s) ? 1 : s == Stage::kDoubleBackward ? 3 : 2;
 }
 
 // One call. Memory is dense: [n, c, hw], or [n * hw, c] where channels_last.
@@ -42,11 +53,12 @@ struct Problem {
   // Whether elements are written, and not only sums.
   constexpr bool applies() const { return !is_backward(stage) || need_input || residual; }
 
-  // What no kernel can do without: x and dy, read once, and all of it.
+  // The least any kernel must read.
   constexpr int64_t bytes_read() const {
     const bool reads_input = need_params || relu || is_training(stage);
-    return is_backward(stage) && reads_input ? 2 * bytes() : bytes();
+    return reads_input ? operands(stage) * bytes() : bytes();
   }
+  // The least any kernel must read and write.
   constexpr int64_t bytes_floor() const {
     return bytes_read() + (need_input ? bytes() : 0) + (residual ? bytes() : 0) +
            (has_mask ? mask_rows() * mask_row_bytes() : 0);
@@ -106,6 +118,18 @@ struct BackwardArgs {
   void* grad_input;  // null: not asked for, as below
   void* grad_residual;
   ParamOut grad_weight, grad_bias;
+  double eps;
+};
+
+struct DoubleBackwardArgs {
+  const void *grad_grad_input, *grad_grad_residual;  // the second null: none
+  const void *grad_out, *input;
+  const uint8_t* relu_mask;  // null: the sign is recomputed from input
+  ParamIn weight, bias, grad_grad_weight, grad_grad_bias;
+  const double* save_stats;  // as in BackwardArgs
+  ParamIn running_mean, running_var;
+  void *grad_grad_out, *grad_input;  // null: not asked for
+  ParamOut grad_weight;
   double eps;
 };
 

@@ -58,8 +58,7 @@ CpuPlan plan_cpu(const Problem& p, const CpuInfo& cpu) {
       std::min(plan.chunks, std::clamp<int64_t>(kMaxPartials / plan.lanes, 1, kMaxSlices));
 
   const int64_t element_bytes = element_size(p.dtype);
-  const int64_t operands = is_backward(p.stage) ? 2 : 1;  // tensors that both passes read
-  const int64_t lane_bytes = plan.rows * plan.width * element_bytes * operands;
+  const int64_t lane_bytes = plan.rows * plan.width * element_bytes * operands(p.stage);
   // Columns stream: a slab of some columns is scattered over all rows, and reading it once took 1.6
   // times as long as reading whole rows twice (ResNet-50's shapes, N = 32, float32: 3.1 copies
   // against 1.9).

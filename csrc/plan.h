@@ -1,7 +1,7 @@
 // The plan: which kernel family runs a problem on a device, and how the work is cut. Pure functions
 // of (Problem, device): no torch, no CUDA, no allocation. The thresholds that depend on the device
 // are in plan.cpp and plan_cuda.cpp. Sizes that belong to a kernel's own code stand beside it
-// (tiles.h, double_backward.h, slab.cuh).
+// (tiles.h, slab.cuh).
 #pragma once
 
 #include <cstdint>

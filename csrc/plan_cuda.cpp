@@ -72,13 +72,9 @@ int full_block(const Layout& layout) {
   return max_cuda_threads(layout.map, layout.vector);
 }
 
-int64_t operands(const Problem& p) {
-  return is_backward(p.stage) ? 2 : 1;
-}
-
 // Bytes of one channel's input (backward: and gradient) that a resident team holds.
 int64_t channel_bytes(const Problem& p) {
-  return p.count() * element_size(p.dtype) * operands(p);
+  return p.count() * element_size(p.dtype) * operands(p.stage);
 }
 
 std::vector<int> vectors(const Problem& p) {
@@ -157,7 +153,8 @@ int64_t choose_segment_width(const Problem& p, int64_t team_blocks) {
 
 int64_t shared_bytes(const CudaPlan& plan, const Problem& p) {
   const int64_t element = element_size(p.dtype), compute = p.dtype == DType::kFloat64 ? 8 : 4;
-  return round_up(operands(p) * plan.items_per_thread * plan.threads * plan.vector * element, 16) +
+  return round_up(operands(p.stage) * plan.items_per_thread * plan.threads * plan.vector * element,
+                  16) +
          round_up(kJoinLanes * kPartialBytes, 16) +
          round_up(plan.group_lanes() * kPartialBytes, 16) +
          round_up(plan.group * kCoefficients * compute, 16);

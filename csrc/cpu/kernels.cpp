@@ -184,9 +184,6 @@ void apply_forward(const CpuPlan& p, Span span, const ForwardLanes& lanes,
   if (p.nontemporal_stores) fence_nontemporal();
 }
 
-// How a backward knows where the ReLU passed.
-enum class Relu { kNone, kRecompute, kMask };
-
 // What a backward computes: sums (sum_dy, sum_dy_xmu), and dx from batch statistics or frozen ones.
 // The residual's gradient goes with dx.
 struct Outputs {
@@ -310,22 +307,6 @@ void backward(const CpuPlan& p, Span span, const BackwardLanes& lanes, const Bac
   if (p.nontemporal_stores) fence_nontemporal();
 }
 
-// From run-time switches to an instantiation: f gets an integral constant for each.
-template <class F>
-inline void with_map(IndexMap map, F f) {
-  if (map == IndexMap::kRows)
-    f(std::integral_constant<IndexMap, IndexMap::kRows>{});
-  else
-    f(std::integral_constant<IndexMap, IndexMap::kColumns>{});
-}
-template <class F>
-inline void with_bool(bool value, F f) {
-  if (value)
-    f(std::true_type{});
-  else
-    f(std::false_type{});
-}
-
 template <class T>
 struct Table {
   static void moments(const CpuPlan& p, Span span, const void* input, Partial out) {
@@ -345,12 +326,9 @@ struct Table {
   static void backward(const CpuPlan& p, Span span, const BackwardLanes& lanes,
                        const BackwardArgs& args, bool relu, Partial out) {
     with_map(p.map, [&](auto map) {
-      if (!relu)
-        BNEXT_ISA_NAMESPACE::backward<T, map, Relu::kNone, kOut>(p, span, lanes, args, out);
-      else if (args.relu_mask)
-        BNEXT_ISA_NAMESPACE::backward<T, map, Relu::kMask, kOut>(p, span, lanes, args, out);
-      else
-        BNEXT_ISA_NAMESPACE::backward<T, map, Relu::kRecompute, kOut>(p, span, lanes, args, out);
+      with_relu(relu, args.relu_mask, [&](auto mode) {
+        BNEXT_ISA_NAMESPACE::backward<T, map, mode, kOut>(p, span, lanes, args, out);
+      });
     });
   }
   static constexpr Kernels value{moments,
@@ -363,17 +341,9 @@ struct Table {
 
 }  // namespace
 
+template <>
 const Kernels& kernels(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return Table<double>::value;
-    case DType::kBFloat16:
-      return Table<bfloat16>::value;
-    case DType::kFloat16:
-      return Table<float16>::value;
-    default:
-      return Table<float>::value;
-  }
+  return table_of<Table>(dtype);
 }
 
 }  // namespace bnext::BNEXT_ISA_NAMESPACE

@@ -24,6 +24,11 @@ struct BackwardLanes {
   const void *invstd, *a, *b, *c;
 };
 
+struct DoubleBackwardLanes {
+  const void *mean, *scale, *shift;  // the forward's, for the sign of a ReLU
+  const void *invstd, *a_u, *a_h, *a_1, *b_g, *b_u, *b_h, *b_1;  // DoubleBackwardCoefficients
+};
+
 // Per-lane results of a span, [lanes] each: mean and m2, or sum_dy and sum_dy_xmu, where xmu is x
 // less the mean rounded to the compute type.
 struct Partial {
@@ -41,6 +46,14 @@ struct Kernels {
   Backward frozen_backward_and_sums;  // the same with the sums in one pass
 };
 
+struct DoubleBackwardKernels {
+  // Adds to sums, which are DoubleBackwardSums of each lane.
+  void (*sums)(const CpuPlan&, Span, const DoubleBackwardLanes&, const DoubleBackwardArgs&,
+               bool relu, double* const sums[5]);
+  void (*apply)(const CpuPlan&, Span, const DoubleBackwardLanes&, const DoubleBackwardArgs&,
+                bool relu);
+};
+
 // The number of values per lane in chunks [chunk0, chunk1).
 static inline int64_t chunk_values(const CpuPlan& p, int64_t chunk0, int64_t chunk1) {
   // Chunks before `chunk`: whole row groups, then pieces of the group it is in.
@@ -54,6 +67,8 @@ static inline int64_t chunk_values(const CpuPlan& p, int64_t chunk0, int64_t chu
   return before(chunk1) - before(chunk0);
 }
 
-const Kernels& kernels(Isa isa, DType dtype);
+// The tables: Kernels and DoubleBackwardKernels.
+template <class Table>
+const Table& kernels(Isa isa, DType dtype);
 
 }  // namespace bnext

@@ -87,9 +87,8 @@ class Arrays {
 template <class C, class Parallel>
 class Schedule {
  public:
-  Schedule(const CpuPlan& plan, const Problem& problem, const Kernels& kernels,
-           const Parallel& parallel)
-      : p_(plan), q_(problem), k_(kernels), parallel_(parallel) {}
+  Schedule(const CpuPlan& plan, const Problem& problem, const Parallel& parallel)
+      : p_(plan), q_(problem), k_(kernels<Kernels>(plan.isa, problem.dtype)), parallel_(parallel) {}
 
   // The counter must move whatever the plan, so it does here.
   void train_forward(const ForwardArgs& args) {
@@ -122,7 +121,7 @@ class Schedule {
       };
       update(args.running_mean, all.mean);
       update(args.running_var, all.m2 / (all.count - 1));  // unbiased
-      set_affine(coefficients, c, all.mean, invstd, args.weight, args.bias);
+      set_affine(coefficients, c, {all.mean, invstd}, args.weight, args.bias);
     };
     const auto apply = [&](int64_t slice, int64_t lane0, int64_t lane1) {
       k_.apply_forward(p_, span(slice, lane0, lane1), lanes, args, q_.relu);
@@ -134,8 +133,9 @@ class Schedule {
     Arrays<C> coefficients(3, p_.lanes);
     const ForwardLanes lanes{coefficients[0], coefficients[1], coefficients[2]};
     for (int64_t c = 0; c < q_.c; ++c)
-      set_affine(coefficients, c, read(args.frozen_mean, c, 0),
-                 inverse_std(read(args.frozen_var, c, 1), args.eps), args.weight, args.bias);
+      set_affine(coefficients, c,
+                 {read(args.frozen_mean, c, 0), inverse_std(read(args.frozen_var, c, 1), args.eps)},
+                 args.weight, args.bias);
     for_each_task([&](int64_t slice, int64_t lane0, int64_t lane1) {
       k_.apply_forward(p_, span(slice, lane0, lane1), lanes, args, q_.relu);
     });
@@ -147,20 +147,14 @@ class Schedule {
     Arrays<C> coefficients(7, p_.lanes);
     const BackwardLanes lanes{coefficients[0], coefficients[1], coefficients[2], coefficients[3],
                               coefficients[4], coefficients[5], coefficients[6]};
-    const auto mean = [&](int64_t c) {
-      return frozen ? read(args.running_mean, c, 0) : args.save_stats[c];
-    };
-    const auto invstd = [&](int64_t c) {
-      return frozen ? inverse_std(read(args.running_var, c, 1), args.eps)
-                    : args.save_stats[q_.c + c];
-    };
     const auto set_input_grad = [&](int64_t c, double mean_dy, double mean_dy_xmu) {
+      const Statistics s = statistics(args, c);
       const auto g =
-          make_input_grad<C>(mean(c), invstd(c), read(args.weight, c, 1), mean_dy, mean_dy_xmu);
+          make_input_grad<C>(s.mean, s.invstd, read(args.weight, c, 1), mean_dy, mean_dy_xmu);
       fill(coefficients, 3, c, {g.invstd, g.a, g.b, g.c});
     };
     for (int64_t c = 0; c < q_.c; ++c) {
-      set_affine(coefficients, c, mean(c), invstd(c), args.weight, args.bias);
+      set_affine(coefficients, c, statistics(args, c), args.weight, args.bias);
       if (frozen) set_input_grad(c, 0, 0);
     }
     const auto reduce = [&](int64_t slice, int64_t lane0, int64_t lane1) {
@@ -173,9 +167,9 @@ class Schedule {
           sum_dy += partial(partials, slice).first[lane];
           sum_dy_xmu += partial(partials, slice).second[lane];
         }
-      const double mean_error = mean(c) - static_cast<double>(static_cast<C>(mean(c)));
-      sum_dy_xmu -= mean_error * sum_dy;  // the kernels subtract the rounded mean
-      write(args.grad_weight, c, sum_dy_xmu * invstd(c));
+      const Statistics s = statistics(args, c);
+      sum_dy_xmu -= s.rounding() * sum_dy;  // the kernels subtract the rounded mean
+      write(args.grad_weight, c, sum_dy_xmu * s.invstd);
       write(args.grad_bias, c, sum_dy);
       const double count = static_cast<double>(q_.count());
       if (!frozen) set_input_grad(c, sum_dy / count, sum_dy_xmu / count);
@@ -198,7 +192,56 @@ class Schedule {
     for (int64_t c = 0; sums && c < q_.c; ++c) finish(c);
   }
 
+  void double_backward(const DoubleBackwardArgs& args) {
+    const auto& k = kernels<DoubleBackwardKernels>(p_.isa, q_.dtype);
+    const bool frozen = !args.save_stats;
+    constexpr int kSums = 5;
+    Arrays<double> partials(kSums * p_.slices, p_.lanes);
+    Arrays<C> a(11, p_.lanes);
+    const DoubleBackwardLanes lanes{a[0], a[1], a[2], a[3], a[4], a[5],
+                                    a[6], a[7], a[8], a[9], a[10]};
+    for (int64_t c = 0; c < q_.c; ++c)
+      set_affine(a, c, statistics(args, c), args.weight, args.bias);
+    const auto reduce = [&](int64_t slice, int64_t lane0, int64_t lane1) {
+      double* sums[kSums];
+      for (int i = 0; i < kSums; ++i) sums[i] = partials[kSums * slice + i];
+      k.sums(p_, span(slice, lane0, lane1), lanes, args, q_.relu, sums);
+    };
+    const auto finish = [&](int64_t c) {
+      double total[kSums] = {};
+      for (int64_t lane = c * p_.lanes_per_channel; lane < (c + 1) * p_.lanes_per_channel; ++lane)
+        for (int64_t slice = 0; slice < p_.slices; ++slice)
+          for (int i = 0; i < kSums; ++i) total[i] += partials[kSums * slice + i][lane];
+      const Statistics s = statistics(args, c);
+      const auto d = make_double_backward(
+          {total[0], total[1], total[2], total[3], total[4]}, static_cast<double>(q_.count()),
+          frozen, s.rounding(), s.invstd, read(args.weight, c, 1),
+          read(args.grad_grad_weight, c, 0), read(args.grad_grad_bias, c, 0));
+      int64_t array = 3;
+      for (const double value : {s.invstd, d.a_u, d.a_h, d.a_1, d.b_g, d.b_u, d.b_h, d.b_1})
+        fill(a, array++, c, {static_cast<C>(value)});
+      write(args.grad_weight, c, d.grad_weight);
+    };
+    const auto apply = [&](int64_t slice, int64_t lane0, int64_t lane1) {
+      if (q_.applies()) k.apply(p_, span(slice, lane0, lane1), lanes, args, q_.relu);
+    };
+    run(reduce, finish, apply);
+  }
+
  private:
+  struct Statistics {
+    double mean, invstd;
+
+    // What the mean loses where it is rounded to the compute type, as kernels subtract it.
+    double rounding() const { return mean - static_cast<double>(static_cast<C>(mean)); }
+  };
+
+  // A backward's: the batch's, or else the running ones.
+  template <class Args>
+  Statistics statistics(const Args& args, int64_t c) const {
+    if (args.save_stats) return {args.save_stats[c], args.save_stats[q_.c + c]};
+    return {read(args.running_mean, c, 0), inverse_std(read(args.running_var, c, 1), args.eps)};
+  }
   int64_t chunk_of(int64_t slice) const {
     return std::min(p_.chunks, slice * ((p_.chunks + p_.slices - 1) / p_.slices));
   }
@@ -217,9 +260,9 @@ class Schedule {
     for (const C value : values)
       std::fill_n(arrays[first++] + c * p_.lanes_per_channel, p_.lanes_per_channel, value);
   }
-  void set_affine(Arrays<C>& arrays, int64_t c, double mean, double invstd, ParamIn weight,
+  void set_affine(Arrays<C>& arrays, int64_t c, const Statistics& s, ParamIn weight,
                   ParamIn bias) const {
-    const auto a = make_affine<C>(mean, invstd, read(weight, c, 1), read(bias, c, 0));
+    const auto a = make_affine<C>(s.mean, s.invstd, read(weight, c, 1), read(bias, c, 0));
     fill(arrays, 0, c, {a.mean, a.scale, a.shift});
   }
 

@@ -10,6 +10,10 @@
 
 namespace bnext::BNEXT_ISA_NAMESPACE {
 
+// This instruction set's table; see kernels.h.
+template <class Table>
+const Table& kernels(DType dtype);
+
 // Accumulators that a row's vectors take in turn, to hide the latency of an addition.
 inline constexpr int kAccumulators = 4;
 // Rows of columns that share one load of their coefficients and sums.
@@ -70,10 +74,11 @@ inline void for_each_vector(int64_t width, F f) {
   if (i < width) f(i, static_cast<int>(width - i));
 }
 
-// Rows: state = begin(0); body(state, row, i, J, n) for all vectors, J the accumulator whose turn
-// it is; end(state, 0, 1). Columns: the same per vector of columns and group of rows, always with J
-// = 0, and end(state, i, n).
-template <IndexMap kMap, int kGroup = kGroupRows, class Begin, class Body, class End>
+// Rows: state = begin(0); body(state, row, i, J, n) for all vectors, J < kUnroll the accumulator
+// whose turn it is; end(state, 0, 1). Columns: the same per vector of columns and group of rows,
+// always with J = 0, and end(state, i, n).
+template <IndexMap kMap, int kGroup = kGroupRows, int kUnroll = kAccumulators, class Begin,
+          class Body, class End>
 inline void visit(const Tile& t, Begin begin, Body body, End end) {
   if constexpr (kMap == IndexMap::kRows) {
     auto state = begin(0);
@@ -83,14 +88,15 @@ inline void visit(const Tile& t, Begin begin, Body body, End end) {
         (body(state, row, i + J * kLanes, index_c<J>{}, index_c<kLanes>{}), ...);
         i += sizeof...(J) * kLanes;
       };
-      while (i + kAccumulators * kLanes <= t.width)
-        unrolled(std::make_integer_sequence<int, kAccumulators>{});
-      if (i + 2 * kLanes <= t.width) unrolled(std::make_integer_sequence<int, 2>{});
-      if (i + kLanes <= t.width) {
-        body(state, row, i, index_c<2>{}, index_c<kLanes>{});
-        i += kLanes;
+      while (i + kUnroll * kLanes <= t.width) unrolled(std::make_integer_sequence<int, kUnroll>{});
+      if constexpr (kUnroll > 1) {
+        if (i + 2 * kLanes <= t.width) unrolled(std::make_integer_sequence<int, 2>{});
+        if (i + kLanes <= t.width) {
+          body(state, row, i, index_c<2>{}, index_c<kLanes>{});
+          i += kLanes;
+        }
       }
-      if (i < t.width) body(state, row, i, index_c<3>{}, static_cast<int>(t.width - i));
+      if (i < t.width) body(state, row, i, index_c<kUnroll - 1>{}, static_cast<int>(t.width - i));
     }
     end(state, 0, 1);
   } else {
@@ -161,5 +167,49 @@ struct Sum {
     return sum_lanes((to_double(v[0]) + to_double(v[1])) + (to_double(v[2]) + to_double(v[3])));
   }
 };
+
+// From run-time switches to an instantiation: f gets an integral constant for each.
+template <class F>
+inline void with_map(IndexMap map, F f) {
+  if (map == IndexMap::kRows)
+    f(std::integral_constant<IndexMap, IndexMap::kRows>{});
+  else
+    f(std::integral_constant<IndexMap, IndexMap::kColumns>{});
+}
+template <class F>
+inline void with_bool(bool value, F f) {
+  if (value)
+    f(std::true_type{});
+  else
+    f(std::false_type{});
+}
+
+// How a backward knows where the ReLU passed.
+enum class Relu { kNone, kRecompute, kMask };
+
+template <class F>
+inline void with_relu(bool relu, const uint8_t* mask, F f) {
+  if (!relu)
+    f(std::integral_constant<Relu, Relu::kNone>{});
+  else if (mask)
+    f(std::integral_constant<Relu, Relu::kMask>{});
+  else
+    f(std::integral_constant<Relu, Relu::kRecompute>{});
+}
+
+// Table<T>::value for the dtype's storage type T.
+template <template <class> class Table>
+inline const auto& table_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return Table<double>::value;
+    case DType::kBFloat16:
+      return Table<bfloat16>::value;
+    case DType::kFloat16:
+      return Table<float16>::value;
+    default:
+      return Table<float>::value;
+  }
+}
 
 }  // namespace bnext::BNEXT_ISA_NAMESPACE
