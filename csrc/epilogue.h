@@ -35,6 +35,11 @@ BNEXT_HD inline T apply(const Affine<T>& a, const T& x) {
   return fma(x - a.mean, a.scale, a.shift);
 }
 
+// sum(dy) and sum(dy * (x - mean)) of a channel.
+struct GradSums {
+  double dy, dy_xmu;
+};
+
 // dx = a * dy + b * ((x - mean) * invstd) + c, the gradient of Ioffe & Szegedy (2015), section 3,
 // with the two means gathered into b and c. Frozen statistics: b = c = 0.
 template <class T>

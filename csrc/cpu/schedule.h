@@ -105,23 +105,11 @@ class Schedule {
       k_.moments(p_, span(slice, lane0, lane1), args.input, partial(partials, slice));
     };
     const auto finish = [&](int64_t c) {
-      Moments<double> all{0, 0, 0};
-      for (int64_t lane = c * p_.lanes_per_channel; lane < (c + 1) * p_.lanes_per_channel; ++lane)
-        for (int64_t slice = 0; slice < p_.slices; ++slice) {
-          const Partial part = partial(partials, slice);
-          const Moments<double> m{static_cast<double>(slice_values(slice)), part.first[lane],
-                                  part.second[lane]};
-          if (m.count > 0) all = all.count > 0 ? combine(all, m) : m;
-        }
-      const double invstd = inverse_std(all.m2 / all.count, args.eps);
-      args.save_stats[c] = all.mean;
-      args.save_stats[q_.c + c] = invstd;
-      const auto update = [&](ParamOut running, double value) {
-        if (running) write(running, c, (1 - factor) * read(running, c) + factor * value);
-      };
-      update(args.running_mean, all.mean);
-      update(args.running_var, all.m2 / (all.count - 1));  // unbiased
-      set_affine(coefficients, c, {all.mean, invstd}, args.weight, args.bias);
+      const Moments<double> m = moments(partials, c);
+      const Statistics s{m.mean, inverse_std(m.m2 / m.count, args.eps)};
+      save(args, c, s);
+      update_running(args, factor, c, m);
+      set_affine(coefficients, c, s, args.weight, args.bias);
     };
     const auto apply = [&](int64_t slice, int64_t lane0, int64_t lane1) {
       k_.apply_forward(p_, span(slice, lane0, lane1), lanes, args, q_.relu);
@@ -147,32 +135,18 @@ class Schedule {
     Arrays<C> coefficients(7, p_.lanes);
     const BackwardLanes lanes{coefficients[0], coefficients[1], coefficients[2], coefficients[3],
                               coefficients[4], coefficients[5], coefficients[6]};
-    const auto set_input_grad = [&](int64_t c, double mean_dy, double mean_dy_xmu) {
-      const Statistics s = statistics(args, c);
-      const auto g =
-          make_input_grad<C>(s.mean, s.invstd, read(args.weight, c, 1), mean_dy, mean_dy_xmu);
-      fill(coefficients, 3, c, {g.invstd, g.a, g.b, g.c});
-    };
     for (int64_t c = 0; c < q_.c; ++c) {
       set_affine(coefficients, c, statistics(args, c), args.weight, args.bias);
-      if (frozen) set_input_grad(c, 0, 0);
+      if (frozen) set_input_grad(coefficients, args, c, {0, 0});
     }
     const auto reduce = [&](int64_t slice, int64_t lane0, int64_t lane1) {
       k_.grad_sums(p_, span(slice, lane0, lane1), lanes, args, q_.relu, partial(partials, slice));
     };
     const auto finish = [&](int64_t c) {
-      double sum_dy = 0, sum_dy_xmu = 0;
-      for (int64_t lane = c * p_.lanes_per_channel; lane < (c + 1) * p_.lanes_per_channel; ++lane)
-        for (int64_t slice = 0; slice < p_.slices; ++slice) {
-          sum_dy += partial(partials, slice).first[lane];
-          sum_dy_xmu += partial(partials, slice).second[lane];
-        }
-      const Statistics s = statistics(args, c);
-      sum_dy_xmu -= s.rounding() * sum_dy;  // the kernels subtract the rounded mean
-      write(args.grad_weight, c, sum_dy_xmu * s.invstd);
-      write(args.grad_bias, c, sum_dy);
-      const double count = static_cast<double>(q_.count());
-      if (!frozen) set_input_grad(c, sum_dy / count, sum_dy_xmu / count);
+      const GradSums sums = grad_sums(partials, args, c);
+      write(args.grad_weight, c, sums.dy_xmu * statistics(args, c).invstd);
+      write(args.grad_bias, c, sums.dy);
+      if (!frozen) set_input_grad(coefficients, args, c, sums);
     };
     const auto apply = [&](int64_t slice, int64_t lane0, int64_t lane1) {
       k_.apply_backward(p_, span(slice, lane0, lane1), lanes, args, q_.relu, {});
@@ -203,15 +177,16 @@ class Schedule {
     for (int64_t c = 0; c < q_.c; ++c)
       set_affine(a, c, statistics(args, c), args.weight, args.bias);
     const auto reduce = [&](int64_t slice, int64_t lane0, int64_t lane1) {
+      if (frozen && !args.grad_weight) return;  // what follows is made of no sums
       double* sums[kSums];
       for (int i = 0; i < kSums; ++i) sums[i] = partials[kSums * slice + i];
       k.sums(p_, span(slice, lane0, lane1), lanes, args, q_.relu, sums);
     };
     const auto finish = [&](int64_t c) {
       double total[kSums] = {};
-      for (int64_t lane = c * p_.lanes_per_channel; lane < (c + 1) * p_.lanes_per_channel; ++lane)
-        for (int64_t slice = 0; slice < p_.slices; ++slice)
-          for (int i = 0; i < kSums; ++i) total[i] += partials[kSums * slice + i][lane];
+      for_each_partial(c, [&](int64_t slice, int64_t lane) {
+        for (int i = 0; i < kSums; ++i) total[i] += partials[kSums * slice + i][lane];
+      });
       const Statistics s = statistics(args, c);
       const auto d = make_double_backward(
           {total[0], total[1], total[2], total[3], total[4]}, static_cast<double>(q_.count()),
@@ -236,6 +211,48 @@ class Schedule {
     double rounding() const { return mean - static_cast<double>(static_cast<C>(mean)); }
   };
 
+  // f(slice, lane) for the partial results of a channel, in the order in which they join.
+  template <class F>
+  void for_each_partial(int64_t c, const F& f) const {
+    for (int64_t lane = c * p_.lanes_per_channel; lane < (c + 1) * p_.lanes_per_channel; ++lane)
+      for (int64_t slice = 0; slice < p_.slices; ++slice) f(slice, lane);
+  }
+
+  // From sums to statistics.
+  Moments<double> moments(Arrays<double>& partials, int64_t c) const {
+    Moments<double> all{0, 0, 0};
+    for_each_partial(c, [&](int64_t slice, int64_t lane) {
+      const Partial part = partial(partials, slice);
+      const Moments<double> m{static_cast<double>(slice_values(slice)), part.first[lane],
+                              part.second[lane]};
+      if (m.count > 0) all = all.count > 0 ? combine(all, m) : m;
+    });
+    return all;
+  }
+  GradSums grad_sums(Arrays<double>& partials, const BackwardArgs& args, int64_t c) const {
+    GradSums all{0, 0};
+    for_each_partial(c, [&](int64_t slice, int64_t lane) {
+      all.dy += partial(partials, slice).first[lane];
+      all.dy_xmu += partial(partials, slice).second[lane];
+    });
+    all.dy_xmu -= statistics(args, c).rounding() * all.dy;  // kernels subtract the rounded mean
+    return all;
+  }
+
+  // From statistics to what outlives the call.
+  void save(const ForwardArgs& args, int64_t c, const Statistics& s) const {
+    args.save_stats[c] = s.mean;
+    args.save_stats[q_.c + c] = s.invstd;
+  }
+  void update_running(const ForwardArgs& args, double factor, int64_t c,
+                      const Moments<double>& m) const {
+    const auto update = [&](ParamOut running, double value) {
+      if (running) write(running, c, (1 - factor) * read(running, c) + factor * value);
+    };
+    update(args.running_mean, m.mean);
+    update(args.running_var, m.m2 / (m.count - 1));  // unbiased
+  }
+
   // A backward's: the batch's, or else the running ones.
   template <class Args>
   Statistics statistics(const Args& args, int64_t c) const {
@@ -255,7 +272,8 @@ class Schedule {
     return {partials[2 * slice], partials[2 * slice + 1]};
   }
 
-  // The same values in `arrays` [first, ...) for every lane of channel c.
+  // From statistics and sums to coefficients: the same values in `arrays` [first, ...) for every
+  // lane of channel c.
   void fill(Arrays<C>& arrays, int64_t first, int64_t c, std::initializer_list<C> values) const {
     for (const C value : values)
       std::fill_n(arrays[first++] + c * p_.lanes_per_channel, p_.lanes_per_channel, value);
@@ -264,6 +282,14 @@ class Schedule {
                   ParamIn bias) const {
     const auto a = make_affine<C>(s.mean, s.invstd, read(weight, c, 1), read(bias, c, 0));
     fill(arrays, 0, c, {a.mean, a.scale, a.shift});
+  }
+  void set_input_grad(Arrays<C>& arrays, const BackwardArgs& args, int64_t c,
+                      const GradSums& sums) const {
+    const Statistics s = statistics(args, c);
+    const double count = static_cast<double>(q_.count());
+    const auto g = make_input_grad<C>(s.mean, s.invstd, read(args.weight, c, 1), sums.dy / count,
+                                      sums.dy_xmu / count);
+    fill(arrays, 3, c, {g.invstd, g.a, g.b, g.c});
   }
 
   // f(slice, lane0, lane1) for every task; each thread takes its own last one first, so that a

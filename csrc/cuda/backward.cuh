@@ -53,20 +53,30 @@ __device__ inline void set_coefficients(const BackwardCall& call, int64_t channe
   sync_block();
 }
 
-// dx's coefficients of a channel, from its sums; `writes`: and its parameters' gradients.
+// From sums to the gradients of the parameters.
+__device__ inline void write_param_grads(const BackwardCall& call, int64_t c,
+                                         const GradSums& sums) {
+  write(call.args.grad_weight, c, sums.dy_xmu * invstd_of(call, c));
+  write(call.args.grad_bias, c, sums.dy);
+}
+
+// From sums to dx's coefficients of a channel.
+template <class C>
+__device__ inline InputGrad<C> input_grad_of(const BackwardCall& call, int64_t c,
+                                             const GradSums& sums) {
+  const double count = static_cast<double>(call.problem.count());
+  return make_input_grad<C>(mean_of(call.args, c), invstd_of(call, c), read(call.args.weight, c, 1),
+                            sums.dy / count, sums.dy_xmu / count);
+}
+
+// Both, from sums about the rounded mean; `writes`: one block of a team writes to global memory.
 template <class C>
 __device__ inline InputGrad<C> finish_backward(const BackwardCall& call, int64_t c, GradSums sums,
                                                bool writes) {
-  const BackwardArgs& args = call.args;
-  const double mean = mean_of(args, c), invstd = invstd_of(call, c);
+  const double mean = mean_of(call.args, c);
   sums.dy_xmu -= (mean - static_cast<double>(static_cast<C>(mean))) * sums.dy;
-  if (writes) {
-    write(args.grad_weight, c, sums.dy_xmu * invstd);
-    write(args.grad_bias, c, sums.dy);
-  }
-  const double count = static_cast<double>(call.problem.count());
-  return make_input_grad<C>(mean, invstd, read(args.weight, c, 1), sums.dy / count,
-                            sums.dy_xmu / count);
+  if (writes) write_param_grads(call, c, sums);
+  return input_grad_of<C>(call, c, sums);
 }
 
 // Items in registers at once, of two operands.

@@ -27,25 +27,41 @@ __device__ inline void count_batch(const ForwardArgs& args) {
     ++*args.num_batches_tracked;
 }
 
-// The affine map of a channel, from its moments; `writes`: and its statistics to global memory.
+// From statistics to what outlives the call.
+__device__ inline void save_statistics(const ForwardCall& call, int64_t c, double mean,
+                                       double invstd) {
+  call.args.save_stats[c] = mean;
+  call.args.save_stats[call.problem.c + c] = invstd;
+}
+__device__ inline void update_running(const ForwardArgs& args, int64_t c,
+                                      const Moments<double>& m) {
+  const double factor = averaging_factor(args);
+  const auto update = [&](ParamOut running, double value) {
+    if (!running) return;
+    const double old = read(ParamIn{running.data, running.stride, running.dtype}, c, 0);
+    write(running, c, (1 - factor) * old + factor * value);
+  };
+  update(args.running_mean, m.mean);
+  update(args.running_var, m.m2 / (m.count - 1));  // unbiased
+}
+
+// From statistics to the coefficients of a channel.
+template <class C>
+__device__ inline Affine<C> affine_of(const ForwardArgs& args, int64_t c, double mean,
+                                      double invstd) {
+  return make_affine<C>(mean, invstd, read(args.weight, c, 1), read(args.bias, c, 0));
+}
+
+// All of it; `writes`: one block of a team writes to global memory.
 template <class C>
 __device__ inline Affine<C> finish_forward(const ForwardCall& call, int64_t c,
                                            const Moments<double>& m, bool writes) {
-  const ForwardArgs& args = call.args;
-  const double invstd = inverse_std(m.m2 / m.count, args.eps);
+  const double invstd = inverse_std(m.m2 / m.count, call.args.eps);
   if (writes) {
-    args.save_stats[c] = m.mean;
-    args.save_stats[call.problem.c + c] = invstd;
-    const double factor = averaging_factor(args);
-    const auto update = [&](ParamOut running, double value) {
-      if (!running) return;
-      const double old = read(ParamIn{running.data, running.stride, running.dtype}, c, 0);
-      write(running, c, (1 - factor) * old + factor * value);
-    };
-    update(args.running_mean, m.mean);
-    update(args.running_var, m.m2 / (m.count - 1));  // unbiased
+    save_statistics(call, c, m.mean, invstd);
+    update_running(call.args, c, m);
   }
-  return make_affine<C>(m.mean, invstd, read(args.weight, c, 1), read(args.bias, c, 0));
+  return affine_of<C>(call.args, c, m.mean, invstd);
 }
 
 // y = act(x * scale + shift + residual) of a thread's items, last items first: what a reduction
@@ -227,9 +243,8 @@ __global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
   } else {
     for (int i = static_cast<int>(threadIdx.x); i < channels; i += plan.threads) {
       const int64_t c = channel0 + i;
-      coefficients[i] = make_affine<C>(read(args.frozen_mean, c, 0),
-                                       inverse_std(read(args.frozen_var, c, 1), args.eps),
-                                       read(args.weight, c, 1), read(args.bias, c, 0));
+      coefficients[i] = affine_of<C>(args, c, read(args.frozen_mean, c, 0),
+                                     inverse_std(read(args.frozen_var, c, 1), args.eps));
     }
   }
   sync_block();

@@ -1,6 +1,6 @@
 // A thread's sums over its items: tiles in registers, joined in double. Floats over- and underflow
 // where their squares do (1e19, 1e-19): such a lane is summed again in double, once all is there,
-// so that what is rare takes no registers from what is not.
+// so the rare path costs the common one no registers.
 #pragma once
 
 #include "../epilogue.h"
@@ -30,11 +30,7 @@ __device__ inline Moments<double> join(const Moments<double>& a, const Moments<d
   return a.count == 0 ? b : b.count == 0 ? a : combine(a, b);
 }
 
-// sum(dy) and sum(dy * (x - mean)) with the mean rounded to the compute type.
-struct GradSums {
-  double dy, dy_xmu;
-};
-
+// GradSums with the mean rounded to the compute type.
 template <int kLanes>
 struct ThreadGradSums {
   GradSums lanes[kLanes] = {};
