@@ -1,8 +1,8 @@
-// The double backward's kernels, compiled per instruction set as kernels.cpp. Bytes per element:
-// sums reads grad_grad_input, grad_out and input once; apply reads them (and grad_grad_residual)
-// again and writes what is asked for. Sums are kept in double: three reads hide the conversions.
-#include "../epilogue.h"
-#include "kernels.h"
+// The double backward's kernels, compiled per instruction set as forward_kernels.cpp. Bytes per
+// element: sums reads grad_grad_input, grad_out and input once; apply reads them (and
+// grad_grad_residual) again and writes what is asked for. Sums are kept in double: three reads hide
+// the conversions.
+#include "../formulas.h"
 #include "tiles.h"
 
 namespace bnext::BNEXT_ISA_NAMESPACE {

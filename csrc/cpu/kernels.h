@@ -3,8 +3,7 @@
 // nothing.
 #pragma once
 
-#include "../batch_norm.h"
-#include "../plan.h"
+#include "plan.h"
 
 namespace bnext {
 
@@ -13,7 +12,7 @@ struct Span {
 };
 
 // Per-lane coefficients in the compute type (double for float64, else float), [lanes] each and
-// readable kLanePadding past the end: see Affine and InputGrad in epilogue.h for what they mean.
+// readable kLanePadding past the end: see Affine and InputGrad in formulas.h for what they mean.
 inline constexpr int64_t kLanePadding = 64;
 
 struct ForwardLanes {
@@ -35,15 +34,18 @@ struct Partial {
   double *first, *second;
 };
 
-struct Kernels {
-  using Backward = void (*)(const CpuPlan&, Span, const BackwardLanes&, const BackwardArgs&,
-                            bool relu, Partial);
+struct ForwardKernels {
   void (*moments)(const CpuPlan&, Span, const void* input, Partial);
-  void (*apply_forward)(const CpuPlan&, Span, const ForwardLanes&, const ForwardArgs&, bool relu);
-  Backward grad_sums;
-  Backward apply_backward;            // batch statistics: after grad_sums
-  Backward frozen_backward;           // frozen statistics: dx is dy * a
-  Backward frozen_backward_and_sums;  // the same with the sums in one pass
+  void (*apply)(const CpuPlan&, Span, const ForwardLanes&, const ForwardArgs&, bool relu);
+};
+
+struct BackwardKernels {
+  using Kernel = void (*)(const CpuPlan&, Span, const BackwardLanes&, const BackwardArgs&,
+                          bool relu, Partial);
+  Kernel sums;
+  Kernel apply;            // batch statistics: after sums
+  Kernel frozen;           // frozen statistics: dx is dy * a
+  Kernel frozen_and_sums;  // the same with the sums in one pass
 };
 
 struct DoubleBackwardKernels {
@@ -67,7 +69,7 @@ static inline int64_t chunk_values(const CpuPlan& p, int64_t chunk0, int64_t chu
   return before(chunk1) - before(chunk0);
 }
 
-// The tables: Kernels and DoubleBackwardKernels.
+// The tables: ForwardKernels, BackwardKernels and DoubleBackwardKernels.
 template <class Table>
 const Table& kernels(Isa isa, DType dtype);
 

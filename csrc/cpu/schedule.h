@@ -12,30 +12,37 @@
 #include <stdexcept>
 #include <string>
 
-#include "../batch_norm.h"
-#include "../epilogue.h"
-#include "../welford.h"
+#include "../formulas.h"
+#include "../moments.h"
 #include "kernels.h"
 
 namespace bnext {
 
-inline double read(ParamIn v, int64_t c, double absent) {
-  const int64_t i = c * v.stride;
-  if (!v) return absent;
-  switch (v.dtype) {
-    case DType::kFloat64:
-      return static_cast<const double*>(v.data)[i];
-    case DType::kFloat16:
-      return static_cast<const _Float16*>(v.data)[i];
-    case DType::kBFloat16: {
-      const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(v.data)[i]) << 16;
-      float value;
-      std::memcpy(&value, &bits, sizeof value);
-      return value;
-    }
-    default:
-      return static_cast<const float*>(v.data)[i];
+// A bfloat16 of a parameter; the kernels convert theirs as vectors.
+struct HostBFloat16 {
+  uint16_t bits;
+
+  HostBFloat16() = default;
+  explicit HostBFloat16(double value) {
+    const float single = static_cast<float>(value);
+    uint32_t word;
+    std::memcpy(&word, &single, sizeof word);
+    const uint32_t rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;  // to nearest even
+    bits = static_cast<uint16_t>(std::isnan(single) ? 0x7fc0 : rounded);
   }
+  operator double() const {
+    const uint32_t word = static_cast<uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &word, sizeof value);
+    return value;
+  }
+};
+
+inline double read(ParamIn v, int64_t c, double absent) {
+  if (!v) return absent;
+  return visit_dtype<HostBFloat16, _Float16>(v.dtype, [&](auto t) -> double {
+    return static_cast<const decltype(t)*>(v.data)[c * v.stride];
+  });
 }
 
 inline double read(ParamOut v, int64_t c) {
@@ -43,27 +50,10 @@ inline double read(ParamOut v, int64_t c) {
 }
 
 inline void write(ParamOut v, int64_t c, double value) {
-  const int64_t i = c * v.stride;
   if (!v) return;
-  switch (v.dtype) {
-    case DType::kFloat64:
-      static_cast<double*>(v.data)[i] = value;
-      break;
-    case DType::kFloat16:
-      static_cast<_Float16*>(v.data)[i] = static_cast<_Float16>(value);
-      break;
-    case DType::kBFloat16: {
-      const float single = static_cast<float>(value);
-      uint32_t bits;
-      std::memcpy(&bits, &single, sizeof bits);
-      const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest even
-      static_cast<uint16_t*>(v.data)[i] =
-          static_cast<uint16_t>(std::isnan(single) ? 0x7fc0 : rounded);
-      break;
-    }
-    default:
-      static_cast<float*>(v.data)[i] = static_cast<float>(value);
-  }
+  visit_dtype<HostBFloat16, _Float16>(v.dtype, [&](auto t) {
+    static_cast<decltype(t)*>(v.data)[c * v.stride] = static_cast<decltype(t)>(value);
+  });
 }
 
 // Scratch of one call: `arrays` of `length` values, readable kLanePadding past their ends.
@@ -88,7 +78,7 @@ template <class C, class Parallel>
 class Schedule {
  public:
   Schedule(const CpuPlan& plan, const Problem& problem, const Parallel& parallel)
-      : p_(plan), q_(problem), k_(kernels<Kernels>(plan.isa, problem.dtype)), parallel_(parallel) {}
+      : p_(plan), q_(problem), parallel_(parallel) {}
 
   // The counter must move whatever the plan, so it does here.
   void train_forward(const ForwardArgs& args) {
@@ -101,8 +91,9 @@ class Schedule {
       factor = args.num_batches_tracked ? 1 / static_cast<double>(*args.num_batches_tracked) : 0;
     const ForwardLanes lanes{coefficients[0], coefficients[1], coefficients[2]};
 
+    const auto& k = table<ForwardKernels>();
     const auto reduce = [&](int64_t slice, int64_t lane0, int64_t lane1) {
-      k_.moments(p_, span(slice, lane0, lane1), args.input, partial(partials, slice));
+      k.moments(p_, span(slice, lane0, lane1), args.input, partial(partials, slice));
     };
     const auto finish = [&](int64_t c) {
       const Moments<double> m = moments(partials, c);
@@ -112,7 +103,7 @@ class Schedule {
       set_affine(coefficients, c, s, args.weight, args.bias);
     };
     const auto apply = [&](int64_t slice, int64_t lane0, int64_t lane1) {
-      k_.apply_forward(p_, span(slice, lane0, lane1), lanes, args, q_.relu);
+      k.apply(p_, span(slice, lane0, lane1), lanes, args, q_.relu);
     };
     run(reduce, finish, apply);
   }
@@ -124,8 +115,9 @@ class Schedule {
       set_affine(coefficients, c,
                  {read(args.frozen_mean, c, 0), inverse_std(read(args.frozen_var, c, 1), args.eps)},
                  args.weight, args.bias);
+    const auto& k = table<ForwardKernels>();
     for_each_task([&](int64_t slice, int64_t lane0, int64_t lane1) {
-      k_.apply_forward(p_, span(slice, lane0, lane1), lanes, args, q_.relu);
+      k.apply(p_, span(slice, lane0, lane1), lanes, args, q_.relu);
     });
   }
 
@@ -139,8 +131,9 @@ class Schedule {
       set_affine(coefficients, c, statistics(args, c), args.weight, args.bias);
       if (frozen) set_input_grad(coefficients, args, c, {0, 0});
     }
+    const auto& k = table<BackwardKernels>();
     const auto reduce = [&](int64_t slice, int64_t lane0, int64_t lane1) {
-      k_.grad_sums(p_, span(slice, lane0, lane1), lanes, args, q_.relu, partial(partials, slice));
+      k.sums(p_, span(slice, lane0, lane1), lanes, args, q_.relu, partial(partials, slice));
     };
     const auto finish = [&](int64_t c) {
       const GradSums sums = grad_sums(partials, args, c);
@@ -149,7 +142,7 @@ class Schedule {
       if (!frozen) set_input_grad(coefficients, args, c, sums);
     };
     const auto apply = [&](int64_t slice, int64_t lane0, int64_t lane1) {
-      k_.apply_backward(p_, span(slice, lane0, lane1), lanes, args, q_.relu, {});
+      k.apply(p_, span(slice, lane0, lane1), lanes, args, q_.relu, {});
     };
     const bool applies = args.grad_input || args.grad_residual;
     const bool sums = !frozen || args.grad_weight || args.grad_bias;
@@ -157,9 +150,7 @@ class Schedule {
       run(reduce, finish, apply);
       return;
     }
-    const auto kernel = !sums     ? k_.frozen_backward
-                        : applies ? k_.frozen_backward_and_sums
-                                  : k_.grad_sums;
+    const auto kernel = !sums ? k.frozen : applies ? k.frozen_and_sums : k.sums;
     for_each_task([&](int64_t slice, int64_t lane0, int64_t lane1) {
       kernel(p_, span(slice, lane0, lane1), lanes, args, q_.relu, partial(partials, slice));
     });
@@ -167,7 +158,7 @@ class Schedule {
   }
 
   void double_backward(const DoubleBackwardArgs& args) {
-    const auto& k = kernels<DoubleBackwardKernels>(p_.isa, q_.dtype);
+    const auto& k = table<DoubleBackwardKernels>();
     const bool frozen = !args.save_stats;
     constexpr int kSums = 5;
     Arrays<double> partials(kSums * p_.slices, p_.lanes);
@@ -204,6 +195,11 @@ class Schedule {
   }
 
  private:
+  template <class Table>
+  const Table& table() const {
+    return kernels<Table>(p_.isa, q_.dtype);
+  }
+
   struct Statistics {
     double mean, invstd;
 
@@ -326,7 +322,6 @@ class Schedule {
 
   const CpuPlan& p_;
   const Problem& q_;
-  const Kernels& k_;
   const Parallel& parallel_;
 };
 

@@ -1,4 +1,4 @@
-// How kernels walk over memory: tiles of a plan, and the vectors of a tile. See kernels.cpp.
+// How kernels walk over memory: tiles of a plan, and the vectors of a tile.
 // Compiled per instruction set, as vec.h.
 #pragma once
 
@@ -152,22 +152,6 @@ inline Vec<A> without_padding(const Vec<A>& x, N n) {
     return x;
 }
 
-// Sums in accumulators of A: of one lane over a row's vectors, or of columns.
-template <IndexMap kMap, class A>
-struct Sum {
-  static constexpr int kCount = kMap == IndexMap::kRows ? kAccumulators : 1;
-  Vec<A> v[kCount];
-
-  Sum() {
-    for (auto& s : v) s = Vec<A>(A{0});
-  }
-  double total() const
-    requires(kMap == IndexMap::kRows)
-  {
-    return sum_lanes((to_double(v[0]) + to_double(v[1])) + (to_double(v[2]) + to_double(v[3])));
-  }
-};
-
 // From run-time switches to an instantiation: f gets an integral constant for each.
 template <class F>
 inline void with_map(IndexMap map, F f) {
@@ -200,16 +184,8 @@ inline void with_relu(bool relu, const uint8_t* mask, F f) {
 // Table<T>::value for the dtype's storage type T.
 template <template <class> class Table>
 inline const auto& table_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return Table<double>::value;
-    case DType::kBFloat16:
-      return Table<bfloat16>::value;
-    case DType::kFloat16:
-      return Table<float16>::value;
-    default:
-      return Table<float>::value;
-  }
+  return visit_dtype<bfloat16, float16>(
+      dtype, [](auto t) -> const auto& { return Table<decltype(t)>::value; });
 }
 
 }  // namespace bnext::BNEXT_ISA_NAMESPACE

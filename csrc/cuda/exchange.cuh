@@ -3,7 +3,7 @@
 // shuffled().
 #pragma once
 
-#include "geometry.cuh"
+#include "items.cuh"
 #include "statistics.cuh"
 
 namespace bnext {

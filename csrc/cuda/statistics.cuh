@@ -3,8 +3,8 @@
 // so the rare path costs the common one no registers.
 #pragma once
 
-#include "../epilogue.h"
-#include "../welford.h"
+#include "../formulas.h"
+#include "../moments.h"
 #include "elements.cuh"
 
 namespace bnext {

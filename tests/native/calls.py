@@ -18,7 +18,7 @@ BLOCK, CLUSTER, GRID, STREAM = range(4)
 
 
 class Fields(ctypes.Structure):
-    """A struct of csrc/batch_norm.h or csrc/plan.h."""
+    """A struct of csrc/problem.h or csrc/cuda/plan.h."""
 
     def __repr__(self) -> str:
         return str({name: getattr(self, name) for name, _ in self._fields_})

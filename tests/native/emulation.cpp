@@ -4,7 +4,7 @@
 #include <random>
 #include <set>
 
-#include "../../csrc/plan.h"
+#include "../../csrc/cuda/plan.h"
 #include "machine.h"
 
 Index3 threadIdx, blockIdx, blockDim, gridDim;

@@ -4,8 +4,6 @@
 
 #include <algorithm>
 
-#include "division.h"
-
 namespace bnext {
 namespace {
 

@@ -1,7 +1,7 @@
 // The CPU ops: how a checked call runs. Includes the LibTorch stable ABI.
 #include <torch/csrc/stable/library.h>
 
-#include "../call.h"
+#include "../ops.h"
 #include "cpu_info.h"
 #include "hugepages.h"
 #include "schedule.h"

@@ -7,8 +7,6 @@
 //     row 0  t64     t65    ...     } channel 1
 #pragma once
 
-#include "../batch_norm.h"
-#include "../plan.h"
 #include "elements.cuh"
 
 namespace bnext {
@@ -22,10 +20,6 @@ struct Call {
   void* workspace;
   int64_t first_group;  // of this launch
 };
-
-__device__ inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // The rows that a block of a team owns: [first, first + count).
 struct RowRange {

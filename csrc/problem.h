@@ -1,15 +1,54 @@
 // What a batch norm is, without torch: the problem, the pointers it works on, and its enumerations.
-// Includes nothing but the standard library; shared by the plan, the bindings and all kernels.
+// Includes nothing but the standard library; shared by the plans, the bindings and all kernels.
 #pragma once
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define BNEXT_HD __host__ __device__
+#else
+#define BNEXT_HD
+#endif
+
 namespace bnext {
+
+// Division that rounds up.
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+constexpr int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
 
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
+// f(value of the dtype's type), the 16-bit types being the caller's.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class BFloat16, class Float16, class F>
+BNEXT_HD constexpr decltype(auto) visit_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(double{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat16:
+      return f(Float16{});
+    default:
+      return f(float{});
+  }
+}
+
 constexpr int64_t element_size(DType t) {
   return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2;
+}
+
+constexpr const char* to_string(DType t) {
+  return t == DType::kFloat32    ? "float32"
+         : t == DType::kFloat64  ? "float64"
+         : t == DType::kBFloat16 ? "bfloat16"
+                                 : "float16";
 }
 
 enum class Stage : uint8_t {
@@ -20,6 +59,13 @@ enum class Stage : uint8_t {
   kDoubleBackward,  // with the batch's statistics or frozen ones: both sum first
 };
 
+constexpr const char* to_string(Stage s) {
+  return s == Stage::kTrainForward    ? "train_forward"
+         : s == Stage::kEvalForward   ? "eval_forward"
+         : s == Stage::kTrainBackward ? "train_backward"
+         : s == Stage::kEvalBackward  ? "eval_backward"
+                                      : "double_backward";
+}
 // Whether sums over all values come before the first result.
 constexpr bool is_training(Stage s) {
   return s == Stage::kTrainForward || s == Stage::kTrainBackward || s == Stage::kDoubleBackward;

@@ -34,7 +34,8 @@ const Table& kernels([[maybe_unused]] Isa isa, DType dtype) {
 #endif
   return isa_default::kernels<Table>(dtype);
 }
-template const Kernels& kernels(Isa, DType);
+template const ForwardKernels& kernels(Isa, DType);
+template const BackwardKernels& kernels(Isa, DType);
 template const DoubleBackwardKernels& kernels(Isa, DType);
 
 namespace {

@@ -7,12 +7,11 @@
 // more and fill the GPU when channels are few; two blocks an SM let one load while the other
 // stores.
 #include <algorithm>
+#include <cstdlib>
 #include <numeric>
-#include <sstream>
 #include <stdexcept>
 #include <vector>
 
-#include "division.h"
 #include "plan.h"
 
 namespace bnext {
@@ -355,13 +354,6 @@ CudaPlan streaming(const Problem& p, const Layout& layout, const CudaInfo& cuda)
   return plan;
 }
 
-std::string describe(const Problem& p) {
-  std::ostringstream out;
-  out << "[" << p.n << ", " << p.c << ", " << p.hw << "] of " << element_size(p.dtype) << " bytes, "
-      << (is_backward(p.stage) ? "backward" : "forward");
-  return out.str();
-}
-
 }  // namespace
 
 CudaPlan plan_cuda(const Problem& p, const CudaInfo& cuda, const CudaChoice& choice) {
@@ -375,19 +367,32 @@ CudaPlan plan_cuda(const Problem& p, const CudaInfo& cuda, const CudaChoice& cho
   if (can_be_resident && choice.family != Family::kStreaming) {
     plan = resident(p, layout, cuda, choice.team);
     if (!plan && must_be_resident)
-      throw std::invalid_argument("bnext: " +
-                                  (choice.team ? "BNEXT_CUDA_TEAM=" + to_string(*choice.team)
-                                               : std::string("BNEXT_CUDA_FAMILY=resident")) +
-                                  ": " + describe(p) + ", does not fit a GPU of " +
-                                  std::to_string(cuda.sms) + " SMs with " +
-                                  std::to_string(cuda.shared_bytes_per_block) +
-                                  " bytes of shared memory a block, in clusters of at most " +
-                                  std::to_string(cuda.max_cluster_blocks));
+      throw std::invalid_argument(
+          (choice.team ? "bnext: BNEXT_CUDA_TEAM=" + to_string(*choice.team)
+                       : std::string("bnext: BNEXT_CUDA_FAMILY=resident")) +
+          ": [" + std::to_string(p.n) + ", " + std::to_string(p.c) + ", " + std::to_string(p.hw) +
+          "], " + to_string(p.dtype) + ", " + to_string(p.stage) + ", does not fit a GPU of " +
+          std::to_string(cuda.sms) + " SMs with " + std::to_string(cuda.shared_bytes_per_block) +
+          " bytes of shared memory a block, in clusters of at most " +
+          std::to_string(cuda.max_cluster_blocks));
   }
   if (!plan) plan = streaming(p, layout, cuda);
   plan->bytes_floor = p.bytes_floor();
   plan->bytes_moved += plan->bytes_floor;
   return *plan;
+}
+
+CudaChoice cuda_choice_of_environment() {
+  CudaChoice choice;
+  const auto ask = [](const char* name, auto& chosen, auto values) {
+    const char* asked = std::getenv(name);
+    if (asked && *asked) chosen = parse(name, asked, values);
+  };
+  ask("BNEXT_CUDA_FAMILY", choice.family,
+      std::initializer_list{Family::kResident, Family::kStreaming});
+  ask("BNEXT_CUDA_TEAM", choice.team,
+      std::initializer_list{Team::kBlock, Team::kCluster, Team::kGrid});
+  return choice;
 }
 
 }  // namespace bnext

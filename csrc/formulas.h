@@ -1,11 +1,11 @@
 // The per-element arithmetic of batch norm, for host scalars, host vectors and device scalars:
 // every kernel, forward or backward, goes through these, so that a recomputed ReLU sign is
-// bit-identical. Includes welford.h for BNEXT_HD, and cmath.
+// bit-identical.
 #pragma once
 
 #include <cmath>
 
-#include "welford.h"
+#include "problem.h"
 
 namespace bnext {
 
