@@ -20,10 +20,10 @@ enum class Family : uint8_t {
   kStreaming,    // all threads reduce, then all threads apply: memory is read twice
 };
 
-// How memory is cut into independent reductions ("lanes").
+// How memory is cut into independent reductions ("bins").
 enum class IndexMap : uint8_t {
-  kRows,     // a lane is a channel: runs of HW adjacent elements, reduced along the run
-  kColumns,  // a lane is a column: adjacent lanes are adjacent in memory, reduced down the rows
+  kRows,     // a bin is a channel: runs of HW adjacent elements, reduced along the run
+  kColumns,  // a bin is a column: adjacent bins are adjacent in memory, reduced down the rows
 };
 
 inline std::string to_string(Family family) {

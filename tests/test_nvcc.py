@@ -26,7 +26,7 @@ OBJECTS = {
 ARCHS = ["sm_80", "sm_90a", "sm_100"]
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-cubin", "-Xptxas", "-v",
          "-Werror", "all-warnings"]  # fmt: skip
-# An SM's 65536 among the threads of a block (max_cuda_threads in csrc/cuda/plan.h), by the lanes
+# An SM's 65536 among the threads of a block (max_cuda_threads in csrc/cuda/plan.h), by the bins
 # whose sums a thread keeps.
 MAX_REGISTERS = {1: 128, 4: 168, 8: 255}
 # All shared memory is dynamic, the plan counts it.
@@ -44,7 +44,7 @@ class Usage:
     registers: int
     shared_bytes: int
 
-    def lanes(self) -> int:
+    def bins(self) -> int:
         columns = re.search(r"<\w+, (?:\(int\))?(\d), \(bnext::IndexMap\)1>", self.kernel)
         return int(columns[1]) if columns else 1
 
@@ -104,7 +104,7 @@ def test_resources(logs, name, arch) -> None:
     assert kernels
     over = [
         k for k in kernels
-        if k.registers > MAX_REGISTERS[k.lanes()] or k.shared_bytes > MAX_STATIC_SHARED_BYTES
+        if k.registers > MAX_REGISTERS[k.bins()] or k.shared_bytes > MAX_STATIC_SHARED_BYTES
         or max(k.spill_stores, k.spill_loads) > MAX_SPILL_BYTES
     ]  # fmt: skip
     assert not over, "\n".join(map(str, over))

@@ -14,7 +14,7 @@ struct Outputs {
 
 // Sums in accumulators of A.
 template <class A, class T, IndexMap kMap, Relu kRelu, Outputs kOut>
-[[gnu::noinline]] void tile_backward(const CpuPlan& p, const Tile& t, const BackwardLanes& lanes,
+[[gnu::noinline]] void tile_backward(const CpuPlan& p, const Tile& t, const BackwardArrays& arrays,
                                      const BackwardArgs& args, Results& out) {
   using C = compute_t<T>;
   constexpr bool kApplies = kOut.batch || kOut.frozen, kRecomputes = kRelu == Relu::kRecompute;
@@ -41,15 +41,15 @@ template <class A, class T, IndexMap kMap, Relu kRelu, Outputs kOut>
   visit<kMap>(
       t,
       [&](int64_t i) {
-        const auto from = [&](const void* data) { return lanes_from<kMap, C>(data, t.lane + i); };
+        const auto from = [&](const void* data) { return bin_values<kMap, C>(data, t.bin + i); };
         State s;
-        if constexpr (kReadsInput) s.affine.mean = from(lanes.mean);
+        if constexpr (kReadsInput) s.affine.mean = from(arrays.mean);
         if constexpr (kRecomputes)
-          s.affine.scale = from(lanes.scale), s.affine.shift = from(lanes.shift);
-        if constexpr (kApplies) s.to_dx.a = from(lanes.a);
+          s.affine.scale = from(arrays.scale), s.affine.shift = from(arrays.shift);
+        if constexpr (kApplies) s.to_dx.a = from(arrays.a);
         if constexpr (kOut.batch)
-          s.to_dx.mean = s.affine.mean, s.to_dx.invstd = from(lanes.invstd),
-          s.to_dx.b = from(lanes.b), s.to_dx.c = from(lanes.c);
+          s.to_dx.mean = s.affine.mean, s.to_dx.invstd = from(arrays.invstd),
+          s.to_dx.b = from(arrays.b), s.to_dx.c = from(arrays.c);
         if constexpr (kOut.sums && kMap == IndexMap::kColumns) {
           s.dy.v[0] = load(sums_dy + i);
           s.dy_xmu.v[0] = load(sums_dy_xmu + i);
@@ -106,21 +106,21 @@ template <class A, class T, IndexMap kMap, Relu kRelu, Outputs kOut>
 }
 
 template <class T, IndexMap kMap, Relu kRelu, Outputs kOut>
-void backward(const CpuPlan& p, Span span, const BackwardLanes& lanes, const BackwardArgs& args,
+void backward(const CpuPlan& p, Span span, const BackwardArrays& arrays, const BackwardArgs& args,
               Partial partial) {
   for (int64_t chunk = span.chunk0; chunk < span.chunk1; ++chunk)
-    for_each_tile<kMap>(p, chunk, span.lane0, span.lane1, [&](const Tile& t) {
+    for_each_tile<kMap>(p, chunk, span.bin0, span.bin1, [&](const Tile& t) {
       Results r;
-      tile_backward<compute_t<T>, T, kMap, kRelu, kOut>(p, t, lanes, args, r);
+      tile_backward<compute_t<T>, T, kMap, kRelu, kOut>(p, t, arrays, args, r);
       if constexpr (kOut.sums) {
-        const int64_t tile_lanes = kMap == IndexMap::kRows ? 1 : t.width;
-        settle(r, tile_lanes, [&](Results& exact) {
-          tile_backward<double, T, kMap, kRelu, Outputs{true, false, false}>(p, t, lanes, args,
+        const int64_t tile_bins = kMap == IndexMap::kRows ? 1 : t.width;
+        settle(r, tile_bins, [&](Results& exact) {
+          tile_backward<double, T, kMap, kRelu, Outputs{true, false, false}>(p, t, arrays, args,
                                                                              exact);
         });
         const bool first = chunk == span.chunk0;
-        for (int64_t i = 0; i < tile_lanes; ++i) {
-          double &dy = partial.first[t.lane + i], &dy_xmu = partial.second[t.lane + i];
+        for (int64_t i = 0; i < tile_bins; ++i) {
+          double &dy = partial.first[t.bin + i], &dy_xmu = partial.second[t.bin + i];
           dy = (first ? 0 : dy) + r.first[i];
           dy_xmu = (first ? 0 : dy_xmu) + r.second[i];
         }
@@ -132,11 +132,11 @@ void backward(const CpuPlan& p, Span span, const BackwardLanes& lanes, const Bac
 template <class T>
 struct Table {
   template <Outputs kOut>
-  static void backward(const CpuPlan& p, Span span, const BackwardLanes& lanes,
+  static void backward(const CpuPlan& p, Span span, const BackwardArrays& arrays,
                        const BackwardArgs& args, bool relu, Partial out) {
     with_map(p.map, [&](auto map) {
       with_relu(relu, args.relu_mask, [&](auto mode) {
-        BNEXT_ISA_NAMESPACE::backward<T, map, mode, kOut>(p, span, lanes, args, out);
+        BNEXT_ISA_NAMESPACE::backward<T, map, mode, kOut>(p, span, arrays, args, out);
       });
     });
   }

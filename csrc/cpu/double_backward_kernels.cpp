@@ -20,15 +20,15 @@ struct Operands {
   };
 
   const Tile& t;
-  const DoubleBackwardLanes& lanes;
+  const DoubleBackwardArrays& arrays;
   const T *x, *u, *g;
   const uint8_t* mask;
   bool reads_ahead;
 
-  Operands(const Tile& tile, const DoubleBackwardLanes& all_lanes, const DoubleBackwardArgs& args,
+  Operands(const Tile& tile, const DoubleBackwardArrays& all_arrays, const DoubleBackwardArgs& args,
            bool prefetches)
       : t(tile),
-        lanes(all_lanes),
+        arrays(all_arrays),
         x(static_cast<const T*>(args.input) + t.offset),
         u(static_cast<const T*>(args.grad_grad_input) + t.offset),
         g(static_cast<const T*>(args.grad_out) + t.offset),
@@ -36,13 +36,13 @@ struct Operands {
         reads_ahead(prefetches && t.ahead) {}
 
   Vec<C> coefficients(const void* data, int64_t i) const {
-    return lanes_from<kMap, C>(data, t.lane + i);
+    return bin_values<kMap, C>(data, t.bin + i);
   }
   Affine<Vec<C>> affine(int64_t i) const {
     Affine<Vec<C>> a;
-    a.mean = coefficients(lanes.mean, i);
+    a.mean = coefficients(arrays.mean, i);
     if constexpr (kRelu == Relu::kRecompute)
-      a.scale = coefficients(lanes.scale, i), a.shift = coefficients(lanes.shift, i);
+      a.scale = coefficients(arrays.scale, i), a.shift = coefficients(arrays.shift, i);
     return a;
   }
   template <class N>
@@ -61,22 +61,22 @@ struct Operands {
 };
 
 template <class T, IndexMap kMap, Relu kRelu>
-void sums(const CpuPlan& p, Span span, const DoubleBackwardLanes& lanes,
+void sums(const CpuPlan& p, Span span, const DoubleBackwardArrays& arrays,
           const DoubleBackwardArgs& args, double* const results[kSums]) {
   struct State {
     Affine<Vec<compute_t<T>>> affine;
     Vec<double> total[kSums];
   };
   for (int64_t chunk = span.chunk0; chunk < span.chunk1; ++chunk)
-    for_each_tile<kMap>(p, chunk, span.lane0, span.lane1, [&](const Tile& t) {
-      const Operands<T, kMap, kRelu> operands(t, lanes, args, true);
+    for_each_tile<kMap>(p, chunk, span.bin0, span.bin1, [&](const Tile& t) {
+      const Operands<T, kMap, kRelu> operands(t, arrays, args, true);
       visit<kMap, kGroupRows, 1>(
           t,
           [&](int64_t i) {
             State s{operands.affine(i), {}};
             for (int k = 0; k < kSums; ++k)
               s.total[k] =
-                  kMap == IndexMap::kColumns ? load(results[k] + t.lane + i) : Vec<double>(0.0);
+                  kMap == IndexMap::kColumns ? load(results[k] + t.bin + i) : Vec<double>(0.0);
             return s;
           },
           [&](State& s, int64_t row, int64_t i, auto, auto n) {
@@ -92,15 +92,15 @@ void sums(const CpuPlan& p, Span span, const DoubleBackwardLanes& lanes,
           [&](State& s, int64_t i, auto n) {
             for (int k = 0; k < kSums; ++k)
               if constexpr (kMap == IndexMap::kColumns)
-                store_lanes(results[k] + t.lane + i, s.total[k], n);
+                store_lanes(results[k] + t.bin + i, s.total[k], n);
               else
-                results[k][t.lane] += sum_lanes(s.total[k]);
+                results[k][t.bin] += sum_lanes(s.total[k]);
           });
     });
 }
 
 template <class T, IndexMap kMap, Relu kRelu>
-void apply(const CpuPlan& p, Span span, const DoubleBackwardLanes& lanes,
+void apply(const CpuPlan& p, Span span, const DoubleBackwardArrays& arrays,
            const DoubleBackwardArgs& args) {
   using C = compute_t<T>;
   struct State {
@@ -108,8 +108,8 @@ void apply(const CpuPlan& p, Span span, const DoubleBackwardLanes& lanes,
     Vec<C> invstd, a_u, a_h, a_1, b_g, b_u, b_h, b_1;
   };
   for (int64_t chunk = span.chunk0; chunk < span.chunk1; ++chunk)
-    for_each_tile<kMap>(p, chunk, span.lane0, span.lane1, [&](const Tile& t) {
-      const Operands<T, kMap, kRelu> operands(t, lanes, args, p.family != Family::kResident);
+    for_each_tile<kMap>(p, chunk, span.bin0, span.bin1, [&](const Tile& t) {
+      const Operands<T, kMap, kRelu> operands(t, arrays, args, p.family != Family::kResident);
       const T* residual = static_cast<const T*>(args.grad_grad_residual) + t.offset;
       T* grad_grad_out = static_cast<T*>(args.grad_grad_out) + t.offset;
       T* grad_input = static_cast<T*>(args.grad_input) + t.offset;
@@ -117,9 +117,9 @@ void apply(const CpuPlan& p, Span span, const DoubleBackwardLanes& lanes,
           t,
           [&](int64_t i) {
             const auto from = [&](const void* data) { return operands.coefficients(data, i); };
-            return State{operands.affine(i), from(lanes.invstd), from(lanes.a_u),
-                         from(lanes.a_h),    from(lanes.a_1),    from(lanes.b_g),
-                         from(lanes.b_u),    from(lanes.b_h),    from(lanes.b_1)};
+            return State{operands.affine(i), from(arrays.invstd), from(arrays.a_u),
+                         from(arrays.a_h),   from(arrays.a_1),    from(arrays.b_g),
+                         from(arrays.b_u),   from(arrays.b_h),    from(arrays.b_1)};
           },
           [&](const State& s, int64_t row, int64_t i, auto, auto n) {
             const int64_t at = row * t.stride + i;
@@ -142,19 +142,20 @@ void apply(const CpuPlan& p, Span span, const DoubleBackwardLanes& lanes,
 
 template <class T>
 struct Table {
-  static void sums(const CpuPlan& p, Span span, const DoubleBackwardLanes& lanes,
+  static void sums(const CpuPlan& p, Span span, const DoubleBackwardArrays& arrays,
                    const DoubleBackwardArgs& args, bool relu, double* const results[kSums]) {
     with_map(p.map, [&](auto map) {
       with_relu(relu, args.relu_mask, [&](auto mode) {
-        BNEXT_ISA_NAMESPACE::sums<T, map, mode>(p, span, lanes, args, results);
+        BNEXT_ISA_NAMESPACE::sums<T, map, mode>(p, span, arrays, args, results);
       });
     });
   }
-  static void apply(const CpuPlan& p, Span span, const DoubleBackwardLanes& lanes,
+  static void apply(const CpuPlan& p, Span span, const DoubleBackwardArrays& arrays,
                     const DoubleBackwardArgs& args, bool relu) {
     with_map(p.map, [&](auto map) {
-      with_relu(relu, args.relu_mask,
-                [&](auto mode) { BNEXT_ISA_NAMESPACE::apply<T, map, mode>(p, span, lanes, args); });
+      with_relu(relu, args.relu_mask, [&](auto mode) {
+        BNEXT_ISA_NAMESPACE::apply<T, map, mode>(p, span, arrays, args);
+      });
     });
   }
   static constexpr DoubleBackwardKernels value{sums, apply};

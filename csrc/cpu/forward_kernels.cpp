@@ -81,7 +81,7 @@ void moments(const CpuPlan& p, Span span, const void* input, Partial partial) {
   for (int64_t chunk = span.chunk0; chunk < span.chunk1; ++chunk) {
     const double before = static_cast<double>(chunk_values(p, span.chunk0, chunk));
     const double count = static_cast<double>(chunk_values(p, chunk, chunk + 1));
-    for_each_tile<kMap>(p, chunk, span.lane0, span.lane1, [&](const Tile& t) {
+    for_each_tile<kMap>(p, chunk, span.bin0, span.bin1, [&](const Tile& t) {
       const T* x = static_cast<const T*>(input) + t.offset;
       const auto tile_moments = [&]<class A>(A, Results& r) {
         if constexpr (kMap == IndexMap::kRows)
@@ -89,12 +89,12 @@ void moments(const CpuPlan& p, Span span, const void* input, Partial partial) {
         else
           column_moments<A>(x, t, r);
       };
-      const int64_t tile_lanes = kMap == IndexMap::kRows ? 1 : t.width;
+      const int64_t tile_bins = kMap == IndexMap::kRows ? 1 : t.width;
       Results r;
       tile_moments(compute_t<T>{}, r);
-      settle(r, tile_lanes, [&](Results& exact) { tile_moments(double{}, exact); });
-      for (int64_t i = 0; i < tile_lanes; ++i) {
-        double &mean = partial.first[t.lane + i], &m2 = partial.second[t.lane + i];
+      settle(r, tile_bins, [&](Results& exact) { tile_moments(double{}, exact); });
+      for (int64_t i = 0; i < tile_bins; ++i) {
+        double &mean = partial.first[t.bin + i], &m2 = partial.second[t.bin + i];
         Moments<double> tile{count, r.first[i], r.second[i]};
         if (before > 0) tile = combine({before, mean, m2}, tile);
         mean = tile.mean;
@@ -105,11 +105,11 @@ void moments(const CpuPlan& p, Span span, const void* input, Partial partial) {
 }
 
 template <class T, IndexMap kMap, bool kRelu, bool kResidual>
-void apply_forward(const CpuPlan& p, Span span, const ForwardLanes& lanes,
+void apply_forward(const CpuPlan& p, Span span, const ForwardArrays& arrays,
                    const ForwardArgs& args) {
   using C = compute_t<T>;
   for (int64_t chunk = span.chunk0; chunk < span.chunk1; ++chunk)
-    for_each_tile<kMap>(p, chunk, span.lane0, span.lane1, [&](const Tile& t) {
+    for_each_tile<kMap>(p, chunk, span.bin0, span.bin1, [&](const Tile& t) {
       const T* x = static_cast<const T*>(args.input) + t.offset;
       const T* residual = static_cast<const T*>(args.residual) + t.offset;
       T* y = static_cast<T*>(args.output) + t.offset;
@@ -119,9 +119,9 @@ void apply_forward(const CpuPlan& p, Span span, const ForwardLanes& lanes,
       visit<kMap>(
           t,
           [&](int64_t i) {
-            return Affine<Vec<C>>{lanes_from<kMap, C>(lanes.mean, t.lane + i),
-                                  lanes_from<kMap, C>(lanes.scale, t.lane + i),
-                                  lanes_from<kMap, C>(lanes.shift, t.lane + i)};
+            return Affine<Vec<C>>{bin_values<kMap, C>(arrays.mean, t.bin + i),
+                                  bin_values<kMap, C>(arrays.scale, t.bin + i),
+                                  bin_values<kMap, C>(arrays.shift, t.bin + i)};
           },
           [&](const Affine<Vec<C>>& affine, int64_t row, int64_t i, auto, auto n) {
             const int64_t at = row * t.stride + i;
@@ -148,12 +148,12 @@ struct Table {
   static void moments(const CpuPlan& p, Span span, const void* input, Partial out) {
     with_map(p.map, [&](auto map) { BNEXT_ISA_NAMESPACE::moments<T, map>(p, span, input, out); });
   }
-  static void apply_forward(const CpuPlan& p, Span span, const ForwardLanes& lanes,
+  static void apply_forward(const CpuPlan& p, Span span, const ForwardArrays& arrays,
                             const ForwardArgs& args, bool relu) {
     with_map(p.map, [&](auto map) {
       with_bool(relu, [&](auto relu_c) {
         with_bool(args.residual != nullptr, [&](auto residual) {
-          BNEXT_ISA_NAMESPACE::apply_forward<T, map, relu_c, residual>(p, span, lanes, args);
+          BNEXT_ISA_NAMESPACE::apply_forward<T, map, relu_c, residual>(p, span, arrays, args);
         });
       });
     });

@@ -17,24 +17,33 @@ inline std::string to_string(Isa isa) {
   return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "default";
 }
 
-// The reduction of a lane is cut into chunks (small enough for two passes in L1), and the chunks
-// into slices that threads may reduce separately. Both depend on the problem alone, so that the
-// result is the same whatever the family and the number of threads.
+// What is summed to one result is a bin: a channel, or a pixel of one where short rows are columns.
+//
+//   the rows of a bin                      all bins of a tensor
+//   row 0  | segment | segment |  chunk    slice 0  | block | block | block |   a task is a block
+//   row 1  |         |         |  0 and 1  slice 1  |       |       |       |   of one slice, or
+//   row 2  |         |         |  chunk    slice 2  |       |       |       |   of all (resident)
+//   row 3  |         |         |  2 and 3
+//
+// A chunk is some rows of one segment, small enough for two passes in L1. A slice is some chunks,
+// which threads may sum separately. Both depend on the problem alone, so that the result is the
+// same whatever the family and the number of threads. A kernel walks over tiles: a chunk of one bin
+// (rows) or of some adjacent bins (columns).
 struct CpuPlan {
   Isa isa;
   Family family;
   IndexMap map;
-  int64_t lanes;              // C, or C * lanes_per_channel
-  int64_t lanes_per_channel;  // HW where short rows are taken as columns, else 1
-  int64_t rows;               // rows a lane passes through: N, or N * HW
-  int64_t row_stride;         // elements between a lane's rows
-  int64_t width;              // adjacent elements of a lane in a row: HW, or 1
-  int64_t segments;           // pieces a long row is cut into
+  int64_t bins;              // C, or C * bins_per_channel
+  int64_t bins_per_channel;  // HW where short rows are taken as columns, else 1
+  int64_t rows;              // rows a bin passes through: N, or N * HW
+  int64_t row_stride;        // elements between a bin's rows
+  int64_t width;             // adjacent elements of a bin in a row: HW, or 1
+  int64_t segments;          // pieces a long row is cut into
   int64_t segment_width;
   int64_t chunk_rows;
-  int64_t chunks;  // per lane
-  int64_t slices;  // per lane
-  int64_t block;   // lanes per task
+  int64_t chunks;  // per bin
+  int64_t slices;  // per bin
+  int64_t block;   // bins per task
   int64_t tasks;   // of one pass, over all threads
   int64_t grain;   // tasks a thread takes at least
   bool nontemporal_stores;
@@ -47,8 +56,8 @@ struct CpuPlan {
     visit("isa", &CpuPlan::isa);
     visit("family", &CpuPlan::family);
     visit("index_map", &CpuPlan::map);
-    visit("lanes", &CpuPlan::lanes);
-    visit("lanes_per_channel", &CpuPlan::lanes_per_channel);
+    visit("bins", &CpuPlan::bins);
+    visit("bins_per_channel", &CpuPlan::bins_per_channel);
     visit("rows", &CpuPlan::rows);
     visit("row_stride", &CpuPlan::row_stride);
     visit("width", &CpuPlan::width);

@@ -56,12 +56,12 @@ inline void write(ParamOut v, int64_t c, double value) {
   });
 }
 
-// Scratch of one call: `arrays` of `length` values, readable kLanePadding past their ends.
+// Scratch of one call: `arrays` of `length` values, readable kBinPadding past their ends.
 template <class T>
 class Arrays {
  public:
   Arrays(int64_t arrays, int64_t length)
-      : length_(length + kLanePadding), data_(new (std::nothrow) T[arrays * length_]()) {
+      : length_(length + kBinPadding), data_(new (std::nothrow) T[arrays * length_]()) {
     if (!data_)
       throw std::runtime_error("bnext: not enough memory: you tried to allocate " +
                                std::to_string(arrays * length_ * sizeof(T)) + " bytes.");
@@ -83,17 +83,17 @@ class Schedule {
   // The counter must move whatever the plan, so it does here.
   void train_forward(const ForwardArgs& args) {
     // Scratch comes first: where memory runs out, nothing may have been counted.
-    Arrays<double> partials(2 * p_.slices, p_.lanes);
-    Arrays<C> coefficients(3, p_.lanes);
+    Arrays<double> partials(2 * p_.slices, p_.bins);
+    Arrays<C> coefficients(3, p_.bins);
     double factor = args.momentum;
     if (args.num_batches_tracked) ++*args.num_batches_tracked;
     if (args.cumulative)
       factor = args.num_batches_tracked ? 1 / static_cast<double>(*args.num_batches_tracked) : 0;
-    const ForwardLanes lanes{coefficients[0], coefficients[1], coefficients[2]};
+    const ForwardArrays arrays{coefficients[0], coefficients[1], coefficients[2]};
 
     const auto& k = table<ForwardKernels>();
-    const auto reduce = [&](int64_t slice, int64_t lane0, int64_t lane1) {
-      k.moments(p_, span(slice, lane0, lane1), args.input, partial(partials, slice));
+    const auto reduce = [&](int64_t slice, int64_t bin0, int64_t bin1) {
+      k.moments(p_, span(slice, bin0, bin1), args.input, partial(partials, slice));
     };
     const auto finish = [&](int64_t c) {
       const Moments<double> m = moments(partials, c);
@@ -102,38 +102,38 @@ class Schedule {
       update_running(args, factor, c, m);
       set_affine(coefficients, c, s, args.weight, args.bias);
     };
-    const auto apply = [&](int64_t slice, int64_t lane0, int64_t lane1) {
-      k.apply(p_, span(slice, lane0, lane1), lanes, args, q_.relu);
+    const auto apply = [&](int64_t slice, int64_t bin0, int64_t bin1) {
+      k.apply(p_, span(slice, bin0, bin1), arrays, args, q_.relu);
     };
     run(reduce, finish, apply);
   }
 
   void eval_forward(const ForwardArgs& args) {
-    Arrays<C> coefficients(3, p_.lanes);
-    const ForwardLanes lanes{coefficients[0], coefficients[1], coefficients[2]};
+    Arrays<C> coefficients(3, p_.bins);
+    const ForwardArrays arrays{coefficients[0], coefficients[1], coefficients[2]};
     for (int64_t c = 0; c < q_.c; ++c)
       set_affine(coefficients, c,
                  {read(args.frozen_mean, c, 0), inverse_std(read(args.frozen_var, c, 1), args.eps)},
                  args.weight, args.bias);
     const auto& k = table<ForwardKernels>();
-    for_each_task([&](int64_t slice, int64_t lane0, int64_t lane1) {
-      k.apply(p_, span(slice, lane0, lane1), lanes, args, q_.relu);
+    for_each_task([&](int64_t slice, int64_t bin0, int64_t bin1) {
+      k.apply(p_, span(slice, bin0, bin1), arrays, args, q_.relu);
     });
   }
 
   void backward(const BackwardArgs& args) {
     const bool frozen = !args.save_stats;
-    Arrays<double> partials(2 * p_.slices, p_.lanes);
-    Arrays<C> coefficients(7, p_.lanes);
-    const BackwardLanes lanes{coefficients[0], coefficients[1], coefficients[2], coefficients[3],
-                              coefficients[4], coefficients[5], coefficients[6]};
+    Arrays<double> partials(2 * p_.slices, p_.bins);
+    Arrays<C> coefficients(7, p_.bins);
+    const BackwardArrays arrays{coefficients[0], coefficients[1], coefficients[2], coefficients[3],
+                                coefficients[4], coefficients[5], coefficients[6]};
     for (int64_t c = 0; c < q_.c; ++c) {
       set_affine(coefficients, c, statistics(args, c), args.weight, args.bias);
       if (frozen) set_input_grad(coefficients, args, c, {0, 0});
     }
     const auto& k = table<BackwardKernels>();
-    const auto reduce = [&](int64_t slice, int64_t lane0, int64_t lane1) {
-      k.sums(p_, span(slice, lane0, lane1), lanes, args, q_.relu, partial(partials, slice));
+    const auto reduce = [&](int64_t slice, int64_t bin0, int64_t bin1) {
+      k.sums(p_, span(slice, bin0, bin1), arrays, args, q_.relu, partial(partials, slice));
     };
     const auto finish = [&](int64_t c) {
       const GradSums sums = grad_sums(partials, args, c);
@@ -141,8 +141,8 @@ class Schedule {
       write(args.grad_bias, c, sums.dy);
       if (!frozen) set_input_grad(coefficients, args, c, sums);
     };
-    const auto apply = [&](int64_t slice, int64_t lane0, int64_t lane1) {
-      k.apply(p_, span(slice, lane0, lane1), lanes, args, q_.relu, {});
+    const auto apply = [&](int64_t slice, int64_t bin0, int64_t bin1) {
+      k.apply(p_, span(slice, bin0, bin1), arrays, args, q_.relu, {});
     };
     const bool applies = args.grad_input || args.grad_residual;
     const bool sums = !frozen || args.grad_weight || args.grad_bias;
@@ -151,8 +151,8 @@ class Schedule {
       return;
     }
     const auto kernel = !sums ? k.frozen : applies ? k.frozen_and_sums : k.sums;
-    for_each_task([&](int64_t slice, int64_t lane0, int64_t lane1) {
-      kernel(p_, span(slice, lane0, lane1), lanes, args, q_.relu, partial(partials, slice));
+    for_each_task([&](int64_t slice, int64_t bin0, int64_t bin1) {
+      kernel(p_, span(slice, bin0, bin1), arrays, args, q_.relu, partial(partials, slice));
     });
     for (int64_t c = 0; sums && c < q_.c; ++c) finish(c);
   }
@@ -161,22 +161,22 @@ class Schedule {
     const auto& k = table<DoubleBackwardKernels>();
     const bool frozen = !args.save_stats;
     constexpr int kSums = 5;
-    Arrays<double> partials(kSums * p_.slices, p_.lanes);
-    Arrays<C> a(11, p_.lanes);
-    const DoubleBackwardLanes lanes{a[0], a[1], a[2], a[3], a[4], a[5],
-                                    a[6], a[7], a[8], a[9], a[10]};
+    Arrays<double> partials(kSums * p_.slices, p_.bins);
+    Arrays<C> a(11, p_.bins);
+    const DoubleBackwardArrays arrays{a[0], a[1], a[2], a[3], a[4], a[5],
+                                      a[6], a[7], a[8], a[9], a[10]};
     for (int64_t c = 0; c < q_.c; ++c)
       set_affine(a, c, statistics(args, c), args.weight, args.bias);
-    const auto reduce = [&](int64_t slice, int64_t lane0, int64_t lane1) {
+    const auto reduce = [&](int64_t slice, int64_t bin0, int64_t bin1) {
       if (frozen && !args.grad_weight) return;  // what follows is made of no sums
       double* sums[kSums];
       for (int i = 0; i < kSums; ++i) sums[i] = partials[kSums * slice + i];
-      k.sums(p_, span(slice, lane0, lane1), lanes, args, q_.relu, sums);
+      k.sums(p_, span(slice, bin0, bin1), arrays, args, q_.relu, sums);
     };
     const auto finish = [&](int64_t c) {
       double total[kSums] = {};
-      for_each_partial(c, [&](int64_t slice, int64_t lane) {
-        for (int i = 0; i < kSums; ++i) total[i] += partials[kSums * slice + i][lane];
+      for_each_partial(c, [&](int64_t slice, int64_t bin) {
+        for (int i = 0; i < kSums; ++i) total[i] += partials[kSums * slice + i][bin];
       });
       const Statistics s = statistics(args, c);
       const auto d = make_double_backward(
@@ -188,8 +188,8 @@ class Schedule {
         fill(a, array++, c, {static_cast<C>(value)});
       write(args.grad_weight, c, d.grad_weight);
     };
-    const auto apply = [&](int64_t slice, int64_t lane0, int64_t lane1) {
-      if (q_.applies()) k.apply(p_, span(slice, lane0, lane1), lanes, args, q_.relu);
+    const auto apply = [&](int64_t slice, int64_t bin0, int64_t bin1) {
+      if (q_.applies()) k.apply(p_, span(slice, bin0, bin1), arrays, args, q_.relu);
     };
     run(reduce, finish, apply);
   }
@@ -207,29 +207,29 @@ class Schedule {
     double rounding() const { return mean - static_cast<double>(static_cast<C>(mean)); }
   };
 
-  // f(slice, lane) for the partial results of a channel, in the order in which they join.
+  // f(slice, bin) for the partial results of a channel, in the order in which they join.
   template <class F>
   void for_each_partial(int64_t c, const F& f) const {
-    for (int64_t lane = c * p_.lanes_per_channel; lane < (c + 1) * p_.lanes_per_channel; ++lane)
-      for (int64_t slice = 0; slice < p_.slices; ++slice) f(slice, lane);
+    for (int64_t bin = c * p_.bins_per_channel; bin < (c + 1) * p_.bins_per_channel; ++bin)
+      for (int64_t slice = 0; slice < p_.slices; ++slice) f(slice, bin);
   }
 
   // From sums to statistics.
   Moments<double> moments(Arrays<double>& partials, int64_t c) const {
     Moments<double> all{0, 0, 0};
-    for_each_partial(c, [&](int64_t slice, int64_t lane) {
+    for_each_partial(c, [&](int64_t slice, int64_t bin) {
       const Partial part = partial(partials, slice);
-      const Moments<double> m{static_cast<double>(slice_values(slice)), part.first[lane],
-                              part.second[lane]};
+      const Moments<double> m{static_cast<double>(slice_values(slice)), part.first[bin],
+                              part.second[bin]};
       if (m.count > 0) all = all.count > 0 ? combine(all, m) : m;
     });
     return all;
   }
   GradSums grad_sums(Arrays<double>& partials, const BackwardArgs& args, int64_t c) const {
     GradSums all{0, 0};
-    for_each_partial(c, [&](int64_t slice, int64_t lane) {
-      all.dy += partial(partials, slice).first[lane];
-      all.dy_xmu += partial(partials, slice).second[lane];
+    for_each_partial(c, [&](int64_t slice, int64_t bin) {
+      all.dy += partial(partials, slice).first[bin];
+      all.dy_xmu += partial(partials, slice).second[bin];
     });
     all.dy_xmu -= statistics(args, c).rounding() * all.dy;  // kernels subtract the rounded mean
     return all;
@@ -258,8 +258,8 @@ class Schedule {
   int64_t chunk_of(int64_t slice) const {
     return std::min(p_.chunks, slice * ((p_.chunks + p_.slices - 1) / p_.slices));
   }
-  Span span(int64_t slice, int64_t lane0, int64_t lane1) const {
-    return {chunk_of(slice), chunk_of(slice + 1), lane0, lane1};
+  Span span(int64_t slice, int64_t bin0, int64_t bin1) const {
+    return {chunk_of(slice), chunk_of(slice + 1), bin0, bin1};
   }
   int64_t slice_values(int64_t slice) const {
     return chunk_values(p_, chunk_of(slice), chunk_of(slice + 1));
@@ -269,10 +269,10 @@ class Schedule {
   }
 
   // From statistics and sums to coefficients: the same values in `arrays` [first, ...) for every
-  // lane of channel c.
+  // bin of channel c.
   void fill(Arrays<C>& arrays, int64_t first, int64_t c, std::initializer_list<C> values) const {
     for (const C value : values)
-      std::fill_n(arrays[first++] + c * p_.lanes_per_channel, p_.lanes_per_channel, value);
+      std::fill_n(arrays[first++] + c * p_.bins_per_channel, p_.bins_per_channel, value);
   }
   void set_affine(Arrays<C>& arrays, int64_t c, const Statistics& s, ParamIn weight,
                   ParamIn bias) const {
@@ -288,15 +288,15 @@ class Schedule {
     fill(arrays, 3, c, {g.invstd, g.a, g.b, g.c});
   }
 
-  // f(slice, lane0, lane1) for every task; each thread takes its own last one first, so that a
+  // f(slice, bin0, bin1) for every task; each thread takes its own last one first, so that a
   // second pass begins with what the first left in the cache.
   template <class F>
   void for_each_task(const F& f) const {
-    const int64_t blocks = (p_.lanes + p_.block - 1) / p_.block;
+    const int64_t blocks = (p_.bins + p_.block - 1) / p_.block;
     parallel_(blocks * p_.slices, p_.grain, [&](int64_t begin, int64_t end) {
       for (int64_t task = end - 1; task >= begin; --task) {
-        const int64_t lane0 = task % blocks * p_.block;
-        f(task / blocks, lane0, std::min(p_.lanes, lane0 + p_.block));
+        const int64_t bin0 = task % blocks * p_.block;
+        f(task / blocks, bin0, std::min(p_.bins, bin0 + p_.block));
       }
     });
   }
@@ -306,11 +306,11 @@ class Schedule {
     if (p_.family == Family::kResident) {
       parallel_(p_.tasks, p_.grain, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
-          const int64_t lane0 = task * p_.block, lane1 = std::min(p_.lanes, lane0 + p_.block);
-          for (int64_t slice = 0; slice < p_.slices; ++slice) reduce(slice, lane0, lane1);
-          for (int64_t c = lane0 / p_.lanes_per_channel; c < lane1 / p_.lanes_per_channel; ++c)
+          const int64_t bin0 = task * p_.block, bin1 = std::min(p_.bins, bin0 + p_.block);
+          for (int64_t slice = 0; slice < p_.slices; ++slice) reduce(slice, bin0, bin1);
+          for (int64_t c = bin0 / p_.bins_per_channel; c < bin1 / p_.bins_per_channel; ++c)
             finish(c);
-          for (int64_t slice = p_.slices; slice-- > 0;) apply(slice, lane0, lane1);
+          for (int64_t slice = p_.slices; slice-- > 0;) apply(slice, bin0, bin1);
         }
       });
     } else {

@@ -8,7 +8,7 @@
 
 namespace bnext::BNEXT_ISA_NAMESPACE {
 
-// Sums in accumulators of A: of one lane over a row's vectors, or of columns.
+// Sums in accumulators of A: of one bin over a row's vectors, or of columns.
 template <IndexMap kMap, class A>
 struct Sum {
   static constexpr int kCount = kMap == IndexMap::kRows ? kAccumulators : 1;
@@ -37,22 +37,22 @@ inline bool fits_shift(A distance, A m2, A count) {
   return distance * distance * count <= A(64) * m2;
 }
 
-// Per-lane results of a tile, and whether the accumulators were wide enough for them.
+// Per-bin results of a tile, and whether the accumulators were wide enough for them.
 struct Results {
   alignas(64) double first[kTileColumns], second[kTileColumns];
   bool fits[kTileColumns];
 };
 
-// Replaces the results that do not fit by those of again(results), a sum in double; lane by lane,
-// so that no lane depends on its neighbours.
+// Replaces the results that do not fit by those of again(results), a sum in double; bin by bin,
+// so that no bin depends on its neighbours.
 template <class Again>
-inline void settle(Results& r, int64_t lanes, Again again) {
+inline void settle(Results& r, int64_t bins, Again again) {
   bool all = true;
-  for (int64_t i = 0; i < lanes; ++i) all &= r.fits[i];
+  for (int64_t i = 0; i < bins; ++i) all &= r.fits[i];
   if (all) return;
   Results exact;
   again(exact);
-  for (int64_t i = 0; i < lanes; ++i)
+  for (int64_t i = 0; i < bins; ++i)
     if (!r.fits[i]) r.first[i] = exact.first[i], r.second[i] = exact.second[i];
 }
 

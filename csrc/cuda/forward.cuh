@@ -73,11 +73,11 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
   using C = compute_t<T>;
   const ForwardArgs& args = call.args;
   const T* const residual = static_cast<const T*>(args.residual);
-  Affine<C> affine[Items::kLanes];
+  Affine<C> affine[Items::kBins];
 #pragma unroll
-  for (int lane = 0; lane < Items::kLanes; ++lane)
-    if (items.channel(lane) < call.problem.c)
-      affine[lane] = coefficients[items.channel(lane) - channel0];
+  for (int bin = 0; bin < Items::kBins; ++bin)
+    if (items.channel(bin) < call.problem.c)
+      affine[bin] = coefficients[items.channel(bin) - channel0];
   constexpr int kItems = Source::kItems;
   Item item = items.at(items.iterations() - 1);
 #pragma unroll 1
@@ -103,7 +103,7 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
         Pack<T, V> y;
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          C value = apply(affine[v % Items::kLanes], x[i].get(v));
+          C value = apply(affine[v % Items::kBins], x[i].get(v));
           if (residual) value = value + z[i].get(v);
           if (call.problem.relu) {
             const bool passes = passes_relu(value);
@@ -124,10 +124,10 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
   }
 }
 
-// Adds items [first, last) of a thread to the moments of its lanes.
+// Adds items [first, last) of a thread to the moments of its bins.
 template <class T, int V, class Items, class Source>
 __device__ inline void add_items(const Items& items, int first, int last, const Source& source,
-                                 ThreadMoments<Items::kLanes>& sums) {
+                                 ThreadMoments<Items::kBins>& sums) {
   constexpr int kItems = 2 * Source::kItems;
   Item item = items.at(first);
 #pragma unroll 1
@@ -143,14 +143,14 @@ __device__ inline void add_items(const Items& items, int first, int last, const 
   }
 }
 
-// Sums the lanes that did not fit in floats again, in double.
+// Sums the bins that did not fit in floats again, in double.
 template <class T, int V, class Items, class Source>
 __device__ inline void settle(const Items& items, const Source& source,
-                              ThreadMoments<Items::kLanes>& sums) {
+                              ThreadMoments<Items::kBins>& sums) {
   if constexpr (sizeof(compute_t<T>) < sizeof(double)) {
 #pragma unroll
-    for (int lane = 0; lane < Items::kLanes; ++lane)
-      if (sums.unfit >> lane & 1) {
+    for (int bin = 0; bin < Items::kBins; ++bin)
+      if (sums.unfit >> bin & 1) {
         bool fits;
         const Moments<double> m = two_pass<double>(
             static_cast<int>(sums.count),
@@ -161,12 +161,12 @@ __device__ inline void settle(const Items& items, const Source& source,
                 if (!items.valid(item)) continue;
                 const Pack<T, V> x = source(k, items.offset(item));
 #pragma unroll
-                for (int v = lane; v < V; v += Items::kLanes) f(x.get(v));
+                for (int v = bin; v < V; v += Items::kBins) f(x.get(v));
               }
             },
             fits);
-        sums.mean[lane] = m.mean;
-        sums.m2[lane] = m.m2;
+        sums.mean[bin] = m.mean;
+        sums.m2[bin] = m.m2;
       }
   }
 }
@@ -187,7 +187,7 @@ __global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
   for (int64_t turn = 0; turn * plan.teams < plan.groups; ++turn) {
     const int64_t group = turn * plan.teams + team, channel0 = group * plan.group;
     const Items items(call.problem, plan, group, rank);
-    ThreadMoments<Items::kLanes> sums;
+    ThreadMoments<Items::kBins> sums;
     const SharedSource<T, V> source{slab};
     load_and_reduce<T, V, 1>(
         items, {static_cast<const T*>(call.args.input)}, {slab},
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
   if (call.first_group == 0) count_batch(call.args);
   const int64_t group = call.first_group + team;
   const Items items(call.problem, plan, group, rank);
-  ThreadMoments<Items::kLanes> sums;
+  ThreadMoments<Items::kBins> sums;
   const GlobalSource<T, V> source{static_cast<const T*>(call.args.input)};
   add_items<T, V>(items, 0, items.iterations(), source, sums);
   settle<T, V>(items, source, sums);

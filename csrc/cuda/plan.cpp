@@ -61,7 +61,7 @@ constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 struct Layout {
   IndexMap map;
   int vector;
-  int64_t lanes_per_channel;
+  int64_t bins_per_channel;
   std::vector<int64_t> groups;  // channels of a group, to choose from: widest first
 };
 
@@ -89,20 +89,20 @@ std::vector<int> vectors(const Problem& p) {
 
 // Channels of the narrowest group of columns: whole mask bytes and items, no narrower slab than
 // memory likes, or all channels.
-int64_t least_columns_group(const Problem& p, int64_t lanes_per_channel) {
-  const int64_t unit = kMaskBits / std::gcd<int64_t>(lanes_per_channel, kMaskBits);
-  const int64_t bytes = unit * lanes_per_channel * element_size(p.dtype);
+int64_t least_columns_group(const Problem& p, int64_t bins_per_channel) {
+  const int64_t unit = kMaskBits / std::gcd<int64_t>(bins_per_channel, kMaskBits);
+  const int64_t bytes = unit * bins_per_channel * element_size(p.dtype);
   return std::min(p.c, unit * ceil_div(kMinSlabBytes, bytes));
 }
 
 // Multiples of the narrowest group that leave the last group nearly whole.
-std::vector<int64_t> column_groups(const Problem& p, int64_t lanes_per_channel, int vector) {
-  const int64_t least = least_columns_group(p, lanes_per_channel);
-  const int64_t most = std::min<int64_t>(kMaxGroupLanes, int64_t{kMaxCudaThreads} * vector);
+std::vector<int64_t> column_groups(const Problem& p, int64_t bins_per_channel, int vector) {
+  const int64_t least = least_columns_group(p, bins_per_channel);
+  const int64_t most = std::min<int64_t>(kMaxGroupBins, int64_t{kMaxCudaThreads} * vector);
   std::vector<int64_t> groups;
   for (int64_t factor = 16; factor > 1; factor /= 2) {
     const int64_t group = std::min(p.c, factor * least);
-    const bool fits = group * lanes_per_channel <= most && group > factor / 2 * least;
+    const bool fits = group * bins_per_channel <= most && group > factor / 2 * least;
     if (fits && round_up(p.c, group) * 8 <= p.c * 9) groups.push_back(group);
   }
   groups.push_back(least);
@@ -129,8 +129,8 @@ Layout choose_layout(const Problem& p, const CudaInfo& cuda) {
       continue;
     }
     const bool rows = p.hw % v == 0, is_short = p.hw * element_size(p.dtype) < kMinRowBytes;
-    const bool columns = !p.has_mask && p.c * p.hw % v == 0 && p.hw <= kMaxGroupLanes &&
-                         least_columns_group(p, p.hw) * p.hw <= kMaxGroupLanes;
+    const bool columns = !p.has_mask && p.c * p.hw % v == 0 && p.hw <= kMaxGroupBins &&
+                         least_columns_group(p, p.hw) * p.hw <= kMaxGroupBins;
     if (columns && (is_short || !rows))
       return {IndexMap::kColumns, v, p.hw, column_groups(p, p.hw, v)};
     if (rows) return {IndexMap::kRows, v, 1, {row_group(p, cuda, v)}};
@@ -154,8 +154,7 @@ int64_t shared_bytes(const CudaPlan& plan, const Problem& p) {
   const int64_t element = element_size(p.dtype), compute = p.dtype == DType::kFloat64 ? 8 : 4;
   return round_up(operands(p.stage) * plan.items_per_thread * plan.threads * plan.vector * element,
                   16) +
-         round_up(kJoinLanes * kPartialBytes, 16) +
-         round_up(plan.group_lanes() * kPartialBytes, 16) +
+         round_up(kJoinBins * kPartialBytes, 16) + round_up(plan.group_bins() * kPartialBytes, 16) +
          round_up(plan.group * kCoefficients * compute, 16);
 }
 
@@ -189,7 +188,7 @@ CudaPlan cut(const Problem& p, const Layout& layout, int64_t group, int64_t team
   plan.map = layout.map;
   plan.vector = layout.vector;
   plan.threads = threads;
-  plan.lanes_per_channel = layout.lanes_per_channel;
+  plan.bins_per_channel = layout.bins_per_channel;
   plan.group = group;
   plan.groups = ceil_div(p.c, group);
   plan.team_blocks = team_blocks;
@@ -200,7 +199,7 @@ CudaPlan cut(const Problem& p, const Layout& layout, int64_t group, int64_t team
     plan.rows = p.n * plan.segments;
   } else {
     plan.rows = p.channels_last ? p.count() : p.n;
-    plan.columns = round_up(plan.group_lanes(), kMaskBits) / plan.vector;
+    plan.columns = round_up(plan.group_bins(), kMaskBits) / plan.vector;
     if (plan.columns > threads) plan.threads = full_block(layout);
   }
   plan.rows_per_block = ceil_div(plan.rows, team_blocks);

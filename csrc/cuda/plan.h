@@ -38,9 +38,9 @@ inline std::string to_string(Team team) {
 //            elements (the last segment of a sample may be shorter). `threads / group` adjacent
 //            threads own one channel of the group: thread t takes items t, t + threads / group, ...
 //            of the channel's rows, an item row being padded to whole bytes of a ReLU mask.
-//   columns: a row is everything between two pixels (channels_last, a lane is a channel) or two
-//            samples (short rows: a lane is one pixel of a channel). A group is `group_lanes`
-//            adjacent lanes = columns of items; thread t owns item column t % columns and takes
+//   columns: a row is everything between two pixels (channels_last, a bin is a channel) or two
+//            samples (short rows: a bin is one pixel of a channel). A group is `group_bins`
+//            adjacent bins = columns of items; thread t owns item column t % columns and takes
 //            rows t / columns, + threads / columns, ...
 // A block of a team owns rows_per_block adjacent rows of the group, the last one fewer.
 struct CudaPlan {
@@ -49,7 +49,7 @@ struct CudaPlan {
   Team team;
   int vector;                       // elements per access; divides every row
   int threads;                      // per block
-  int64_t lanes_per_channel;        // columns: HW where short rows are taken as columns, else 1
+  int64_t bins_per_channel;         // columns: HW where short rows are taken as columns, else 1
   int64_t rows;                     // of the matrix
   int64_t segments, segment_width;  // rows: of a sample's channel
   int64_t group;                    // channels of a group, the last one fewer
@@ -64,7 +64,7 @@ struct CudaPlan {
   int64_t shared_bytes, workspace_bytes;
   int64_t bytes_moved, bytes_floor;
 
-  constexpr int64_t group_lanes() const { return group * lanes_per_channel; }
+  constexpr int64_t group_bins() const { return group * bins_per_channel; }
 
   // visit(name, pointer to member) for every field: for text, bindings and tests.
   template <class Visit>
@@ -74,7 +74,7 @@ struct CudaPlan {
     visit("team", &CudaPlan::team);
     visit("vector", &CudaPlan::vector);
     visit("threads", &CudaPlan::threads);
-    visit("lanes_per_channel", &CudaPlan::lanes_per_channel);
+    visit("bins_per_channel", &CudaPlan::bins_per_channel);
     visit("rows", &CudaPlan::rows);
     visit("segments", &CudaPlan::segments);
     visit("segment_width", &CudaPlan::segment_width);
@@ -98,20 +98,20 @@ struct CudaPlan {
 
 // What kernels and plan agree on.
 inline constexpr int kMaxCudaThreads = 512;
-// Threads that have registers enough for the sums and coefficients of their lanes: 128 each of an
-// SM's 65536, 168 for four lanes, 255 for eight.
+// Threads that have registers enough for the sums and coefficients of their bins: 128 each of an
+// SM's 65536, 168 for four bins, 255 for eight.
 constexpr int max_cuda_threads(IndexMap map, int vector) {
   return map == IndexMap::kRows || vector == 1 ? kMaxCudaThreads : vector == 4 ? 384 : 256;
 }
 inline constexpr int kWarpThreads = 32;
 inline constexpr int kMaskBits = 8;  // elements of a row whose mask bits share a byte
-inline constexpr int64_t kMaxGroupLanes = 512;
-// Bytes of a block's partial result of one lane (see exchange.cuh).
+inline constexpr int64_t kMaxGroupBins = 512;
+// Bytes of a block's partial result of one bin (see exchange.cuh).
 inline constexpr int64_t kPartialBytes = 24;
 // Room for the coefficients of a channel, in values of the compute type.
 inline constexpr int64_t kCoefficients = 8;
-// Shared memory for joining the threads of a block: partial results of this many lanes.
-inline constexpr int64_t kJoinLanes = 512;
+// Shared memory for joining the threads of a block: partial results of this many bins.
+inline constexpr int64_t kJoinBins = 512;
 
 // What the user insists on, for tests and measurements; it counts where there is a choice, in
 // training. A family or team that cannot serve is an error.

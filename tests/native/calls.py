@@ -44,7 +44,7 @@ class CudaPlan(Fields):
     _fields_ = [
         ("family", c_uint8), ("map", c_uint8), ("team", c_uint8), ("vector", c_int),
         ("threads", c_int), *((name, c_int64) for name in (
-            "lanes_per_channel", "rows", "segments", "segment_width", "group", "groups",
+            "bins_per_channel", "rows", "segments", "segment_width", "group", "groups",
             "columns", "team_blocks", "teams", "rows_per_block", "items_per_thread",
             "groups_per_launch", "launches", "shared_bytes", "workspace_bytes", "bytes_moved",
             "bytes_floor",

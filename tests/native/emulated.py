@@ -21,7 +21,7 @@ EMULATOR = [HERE / f"{name}.cpp" for name in ("emulation", "fiber", "memory", "a
 COMMON = ["-std=c++20", "-g1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing",
           "-fvisibility-inlines-hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
           f"-I{HERE}"]  # fmt: skip
-# Warnings of kernels are nvcc's to give: gcc does not see which lanes have a channel.
+# Warnings of kernels are nvcc's to give: gcc does not see which bins have a channel.
 KERNELS = ["-w"]
 # variant -> (flags of everything, flags of kernels alone)
 VARIANTS = {
