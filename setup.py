@@ -56,6 +56,9 @@ if platform.machine() in ("x86_64", "AMD64"):
     CPU_ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
     CPU_ISAS["avx512"] += " -mprefer-vector-width=512"
     CPU_ISAS["avx512"] += " -Wno-uninitialized"  # a false alarm in the intrinsics of gcc 12
+# By default gcc leaves parts of their inner loops out of line, which cost up to 17 % (backward of
+# bfloat16, 32x512x7x7, channels last, AVX-512).
+INLINING = "--param inline-unit-growth=200 --param large-function-growth=400"
 # csrc/cuda/launch_*.cu are compiled once for each of these.
 CUDA_TYPES = ("float", "double", "bfloat16", "float16")
 # Where no GPU says otherwise: 8.6 and 8.9 run what 8.0 does, and later ones compile the PTX of 10.0
@@ -318,7 +321,9 @@ def ninja_manifest(version: str, torch: Torch, cuda: Cuda) -> str:
             compile_file("nvcc", source, variant, flags)
     for isa, flags in CPU_ISAS.items():
         for source in kernels:
-            compile_file("cxx", source, f".{isa}", f"-DBNEXT_ISA_NAMESPACE=isa_{isa} {flags}")
+            compile_file(
+                "cxx", source, f".{isa}", f"-DBNEXT_ISA_NAMESPACE=isa_{isa} {flags} {INLINING}"
+            )
     # ninja starts what is listed first: the longest, lest one core ends with it while others wait.
     statements.sort(key=lambda statement: statement[0], reverse=True)
     lines += [text for _, text in statements]

@@ -27,10 +27,10 @@ Problem make_problem(int64_t n, int64_t c, int64_t hw, bool channels_last, const
   const DType parsed_dtype =
       parse("dtype", dtype, {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16});
   const bool backward = is_backward(parsed);
-  return canonical({parsed, n, c, hw, channels_last, parsed_dtype, relu,
-                    residual && (need_residual || !backward),
-                    relu && residual && (save_mask || backward), need_input || !backward,
-                    need_params || !backward});
+  return canonical({parsed, n, c, hw, channels_last, parsed_dtype, relu ? Act::kRelu : Act::kNone,
+                    residual && !backward, relu && residual && (save_mask || backward),
+                    need_input || !backward, need_params || !backward,
+                    residual && need_residual && backward});
 }
 
 CpuPlan plan(int64_t n, int64_t c, int64_t hw, bool channels_last, const std::string& dtype,

@@ -26,8 +26,9 @@ inline Input check_input(const Tensor& input, Stage stage, bool relu) {
   for (int64_t d = 2; d < dim; ++d) hw *= sizes[d];
   const bool contiguous = is_dense(input, false);
   const bool channels_last = !contiguous && is_channels_last(input);
-  const Problem p{stage, sizes[0], dim > 1 ? sizes[1] : 0, hw, channels_last, *dtype, relu,
-                  false, false};
+  const Problem p{stage,         sizes[0], dim > 1 ? sizes[1] : 0,         hw,
+                  channels_last, *dtype,   relu ? Act::kRelu : Act::kNone, false,
+                  false};
   return {contiguous ? input : as_dense(input, channels_last), device_of(input), canonical(p),
           channels_last};
 }

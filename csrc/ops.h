@@ -89,7 +89,7 @@ struct Ops {
       const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps, bool relu,
       bool need_input, bool need_weight, bool need_bias, bool need_residual) {
     Input x = check_input(input, save_stats ? Stage::kTrainBackward : Stage::kEvalBackward, relu);
-    x.problem.residual = need_residual;
+    x.problem.need_residual = need_residual;
     x.problem.has_mask = relu && relu_mask;
     x.problem.need_input = need_input;
     x.problem.need_params = need_weight || need_bias;

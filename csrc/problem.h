@@ -4,10 +4,11 @@
 
 #include <cstdint>
 
+// Small functions of host and device, inline on both: gcc left some out of line.
 #ifdef __CUDACC__
 #define BNEXT_HD __host__ __device__
 #else
-#define BNEXT_HD
+#define BNEXT_HD [[gnu::always_inline]]
 #endif
 
 namespace bnext {
@@ -78,17 +79,21 @@ constexpr int64_t operands(Stage s) {
   return !is_backward(s) ? 1 : s == Stage::kDoubleBackward ? 3 : 2;
 }
 
+// The activation; see activation.h.
+enum class Act : uint8_t { kNone, kRelu };
+
 // One call. Memory is dense: [n, c, hw], or [n * hw, c] where channels_last.
 struct Problem {
   Stage stage;
   int64_t n, c, hw;
   bool channels_last;
   DType dtype;    // input, output, residual and their gradients
-  bool relu;      // y = relu(bn(x) + residual)
-  bool residual;  // forward: it is read; backward: its gradient is written
-  bool has_mask;  // of the ReLU's signs; forward: it is written; backward: it is read
-  bool need_input = true, need_params = true;  // backward: dx; any of dweight, dbias
-  int alignment = 16;                          // bytes that all tensors' addresses share
+  Act act;        // y = act(bn(x) + residual)
+  bool residual;  // forward: it is read
+  bool has_mask;  // of where the activation passes; forward: it is written; backward: it is read
+  // backward: dx, any of dweight and dbias, the residual's gradient
+  bool need_input = true, need_params = true, need_residual = false;
+  int alignment = 16;  // bytes that all tensors' addresses share
 
   constexpr int64_t numel() const { return n * c * hw; }
   constexpr int64_t count() const { return n * hw; }  // values per channel
@@ -97,16 +102,16 @@ struct Problem {
   constexpr int64_t mask_rows() const { return channels_last ? n * hw : n * c; }
   constexpr int64_t mask_row_bytes() const { return ((channels_last ? c : hw) + 7) / 8; }
   // Whether elements are written, and not only sums.
-  constexpr bool applies() const { return !is_backward(stage) || need_input || residual; }
+  constexpr bool applies() const { return !is_backward(stage) || need_input || need_residual; }
 
   // The least any kernel must read.
   constexpr int64_t bytes_read() const {
-    const bool reads_input = need_params || relu || is_training(stage);
+    const bool reads_input = need_params || act != Act::kNone || is_training(stage);
     return reads_input ? operands(stage) * bytes() : bytes();
   }
   // The least any kernel must read and write.
   constexpr int64_t bytes_floor() const {
-    return bytes_read() + (need_input ? bytes() : 0) + (residual ? bytes() : 0) +
+    return bytes_read() + (need_input ? bytes() : 0) + (residual || need_residual ? bytes() : 0) +
            (has_mask ? mask_rows() * mask_row_bytes() : 0);
   }
 

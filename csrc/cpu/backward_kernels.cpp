@@ -1,5 +1,6 @@
 // The backward kernels: sums read grad_out and the input once, apply reads them once more and
 // writes the gradients. Compiled per instruction set, as forward_kernels.cpp.
+#include "../activation.h"
 #include "../formulas.h"
 #include "sums.h"
 
@@ -13,11 +14,11 @@ struct Outputs {
 };
 
 // Sums in accumulators of A.
-template <class A, class T, IndexMap kMap, Relu kRelu, Outputs kOut>
+template <class A, class T, IndexMap kMap, Act kAct, Passed kPassed, Outputs kOut>
 [[gnu::noinline]] void tile_backward(const CpuPlan& p, const Tile& t, const BackwardArrays& arrays,
                                      const BackwardArgs& args, Results& out) {
   using C = compute_t<T>;
-  constexpr bool kApplies = kOut.batch || kOut.frozen, kRecomputes = kRelu == Relu::kRecompute;
+  constexpr bool kApplies = kOut.batch || kOut.frozen, kRecomputes = kPassed == Passed::kInput;
   constexpr bool kReadsInput = kOut.sums || kOut.batch || kRecomputes;
   const T* x = static_cast<const T*>(args.input) + t.offset;
   const T* dy = static_cast<const T*>(args.grad_out) + t.offset;
@@ -65,9 +66,10 @@ template <class A, class T, IndexMap kMap, Relu kRelu, Outputs kOut>
         if (writes_ahead) prefetch_for_store(dx + at + t.ahead);
         Vec<C> xi, g = load_lanes(dy + at, n);
         if constexpr (kReadsInput) xi = load_lanes(x + at, n);
-        if constexpr (kRecomputes) g = keep(passes_relu(apply(s.affine, xi)), g);
-        if constexpr (kRelu == Relu::kMask)
-          g = keep(from_bits<C>(load_bits(mask + row * t.mask_stride + i / 8, n)), g);
+        if constexpr (kRecomputes) g = activate_backward<kAct>(passes(apply(s.affine, xi)), g);
+        if constexpr (kPassed == Passed::kMask)
+          g = activate_backward<kAct>(
+              from_bits<C>(load_bits(mask + row * t.mask_stride + i / 8, n)), g);
         if constexpr (kOut.sums) {
           const auto dya = convert<A>(g);
           const auto xmu = convert<A>(without_padding<kMap>(xi - s.affine.mean, n));
@@ -105,18 +107,18 @@ template <class A, class T, IndexMap kMap, Relu kRelu, Outputs kOut>
   }
 }
 
-template <class T, IndexMap kMap, Relu kRelu, Outputs kOut>
+template <class T, IndexMap kMap, Act kAct, Passed kPassed, Outputs kOut>
 void backward(const CpuPlan& p, Span span, const BackwardArrays& arrays, const BackwardArgs& args,
               Partial partial) {
   for (int64_t chunk = span.chunk0; chunk < span.chunk1; ++chunk)
     for_each_tile<kMap>(p, chunk, span.bin0, span.bin1, [&](const Tile& t) {
       Results r;
-      tile_backward<compute_t<T>, T, kMap, kRelu, kOut>(p, t, arrays, args, r);
+      tile_backward<compute_t<T>, T, kMap, kAct, kPassed, kOut>(p, t, arrays, args, r);
       if constexpr (kOut.sums) {
         const int64_t tile_bins = kMap == IndexMap::kRows ? 1 : t.width;
         settle(r, tile_bins, [&](Results& exact) {
-          tile_backward<double, T, kMap, kRelu, Outputs{true, false, false}>(p, t, arrays, args,
-                                                                             exact);
+          tile_backward<double, T, kMap, kAct, kPassed, Outputs{true, false, false}>(p, t, arrays,
+                                                                                     args, exact);
         });
         const bool first = chunk == span.chunk0;
         for (int64_t i = 0; i < tile_bins; ++i) {
@@ -133,10 +135,10 @@ template <class T>
 struct Table {
   template <Outputs kOut>
   static void backward(const CpuPlan& p, Span span, const BackwardArrays& arrays,
-                       const BackwardArgs& args, bool relu, Partial out) {
+                       const BackwardArgs& args, Act act, Partial out) {
     with_map(p.map, [&](auto map) {
-      with_relu(relu, args.relu_mask, [&](auto mode) {
-        BNEXT_ISA_NAMESPACE::backward<T, map, mode, kOut>(p, span, arrays, args, out);
+      with_activation(act, args.relu_mask, [&](auto act_c, auto passed) {
+        BNEXT_ISA_NAMESPACE::backward<T, map, act_c, passed, kOut>(p, span, arrays, args, out);
       });
     });
   }

@@ -2,6 +2,7 @@
 // element: sums reads grad_grad_input, grad_out and input once; apply reads them (and
 // grad_grad_residual) again and writes what is asked for. Sums are kept in double: three reads hide
 // the conversions.
+#include "../activation.h"
 #include "../formulas.h"
 #include "tiles.h"
 
@@ -11,12 +12,12 @@ namespace {
 constexpr int kSums = 5;
 
 // What both kernels read: pointers to a tile, and the coefficients of its vectors.
-template <class T, IndexMap kMap, Relu kRelu>
+template <class T, IndexMap kMap, Act kAct, Passed kPassed>
 struct Operands {
   using C = compute_t<T>;
   struct Values {
-    Vec<C> xmu, u, g;  // g where the ReLU passed
-    Sign<C> passed;
+    Vec<C> xmu, u, g;  // g where the activation passed
+    Condition<C> passed;
   };
 
   const Tile& t;
@@ -41,7 +42,7 @@ struct Operands {
   Affine<Vec<C>> affine(int64_t i) const {
     Affine<Vec<C>> a;
     a.mean = coefficients(arrays.mean, i);
-    if constexpr (kRelu == Relu::kRecompute)
+    if constexpr (kPassed == Passed::kInput)
       a.scale = coefficients(arrays.scale, i), a.shift = coefficients(arrays.shift, i);
     return a;
   }
@@ -52,15 +53,15 @@ struct Operands {
       for (const T* p : {x, u, g}) prefetch(p + at + t.ahead);
     const Vec<C> xi = load_lanes(x + at, n);
     Values v{xi - a.mean, load_lanes(u + at, n), load_lanes(g + at, n), {}};
-    if constexpr (kRelu == Relu::kRecompute) v.passed = passes_relu(bnext::apply(a, xi));
-    if constexpr (kRelu == Relu::kMask)
+    if constexpr (kPassed == Passed::kInput) v.passed = passes(bnext::apply(a, xi));
+    if constexpr (kPassed == Passed::kMask)
       v.passed = from_bits<C>(load_bits(mask + row * t.mask_stride + i / 8, n));
-    if constexpr (kRelu != Relu::kNone) v.g = keep(v.passed, v.g);
+    if constexpr (kAct != Act::kNone) v.g = activate_backward<kAct>(v.passed, v.g);
     return v;
   }
 };
 
-template <class T, IndexMap kMap, Relu kRelu>
+template <class T, IndexMap kMap, Act kAct, Passed kPassed>
 void sums(const CpuPlan& p, Span span, const DoubleBackwardArrays& arrays,
           const DoubleBackwardArgs& args, double* const results[kSums]) {
   struct State {
@@ -69,7 +70,7 @@ void sums(const CpuPlan& p, Span span, const DoubleBackwardArrays& arrays,
   };
   for (int64_t chunk = span.chunk0; chunk < span.chunk1; ++chunk)
     for_each_tile<kMap>(p, chunk, span.bin0, span.bin1, [&](const Tile& t) {
-      const Operands<T, kMap, kRelu> operands(t, arrays, args, true);
+      const Operands<T, kMap, kAct, kPassed> operands(t, arrays, args, true);
       visit<kMap, kGroupRows, 1>(
           t,
           [&](int64_t i) {
@@ -99,7 +100,7 @@ void sums(const CpuPlan& p, Span span, const DoubleBackwardArrays& arrays,
     });
 }
 
-template <class T, IndexMap kMap, Relu kRelu>
+template <class T, IndexMap kMap, Act kAct, Passed kPassed>
 void apply(const CpuPlan& p, Span span, const DoubleBackwardArrays& arrays,
            const DoubleBackwardArgs& args) {
   using C = compute_t<T>;
@@ -109,7 +110,8 @@ void apply(const CpuPlan& p, Span span, const DoubleBackwardArrays& arrays,
   };
   for (int64_t chunk = span.chunk0; chunk < span.chunk1; ++chunk)
     for_each_tile<kMap>(p, chunk, span.bin0, span.bin1, [&](const Tile& t) {
-      const Operands<T, kMap, kRelu> operands(t, arrays, args, p.family != Family::kResident);
+      const Operands<T, kMap, kAct, kPassed> operands(t, arrays, args,
+                                                      p.family != Family::kResident);
       const T* residual = static_cast<const T*>(args.grad_grad_residual) + t.offset;
       T* grad_grad_out = static_cast<T*>(args.grad_grad_out) + t.offset;
       T* grad_input = static_cast<T*>(args.grad_input) + t.offset;
@@ -128,7 +130,7 @@ void apply(const CpuPlan& p, Span span, const DoubleBackwardArrays& arrays,
             if (args.grad_grad_out) {
               Vec<C> z = fma(v.u, s.a_u, fma(h, s.a_h, s.a_1));
               if (args.grad_grad_residual) z = z + load_lanes(residual + at, n);
-              if constexpr (kRelu != Relu::kNone) z = keep(v.passed, z);
+              if constexpr (kAct != Act::kNone) z = activate_backward<kAct>(v.passed, z);
               store_lanes(grad_grad_out + at, z, n, p.nontemporal_stores);
             }
             if (args.grad_input)
@@ -143,18 +145,18 @@ void apply(const CpuPlan& p, Span span, const DoubleBackwardArrays& arrays,
 template <class T>
 struct Table {
   static void sums(const CpuPlan& p, Span span, const DoubleBackwardArrays& arrays,
-                   const DoubleBackwardArgs& args, bool relu, double* const results[kSums]) {
+                   const DoubleBackwardArgs& args, Act act, double* const results[kSums]) {
     with_map(p.map, [&](auto map) {
-      with_relu(relu, args.relu_mask, [&](auto mode) {
-        BNEXT_ISA_NAMESPACE::sums<T, map, mode>(p, span, arrays, args, results);
+      with_activation(act, args.relu_mask, [&](auto act_c, auto passed) {
+        BNEXT_ISA_NAMESPACE::sums<T, map, act_c, passed>(p, span, arrays, args, results);
       });
     });
   }
   static void apply(const CpuPlan& p, Span span, const DoubleBackwardArrays& arrays,
-                    const DoubleBackwardArgs& args, bool relu) {
+                    const DoubleBackwardArgs& args, Act act) {
     with_map(p.map, [&](auto map) {
-      with_relu(relu, args.relu_mask, [&](auto mode) {
-        BNEXT_ISA_NAMESPACE::apply<T, map, mode>(p, span, arrays, args);
+      with_activation(act, args.relu_mask, [&](auto act_c, auto passed) {
+        BNEXT_ISA_NAMESPACE::apply<T, map, act_c, passed>(p, span, arrays, args);
       });
     });
   }

@@ -1,5 +1,6 @@
 // The forward kernels: moments reads its input once, apply_forward reads it (and the residual) and
 // writes the output. Compiled per instruction set (BNEXT_ISA_NAMESPACE, see setup.py).
+#include "../activation.h"
 #include "../formulas.h"
 #include "../moments.h"
 #include "sums.h"
@@ -104,7 +105,7 @@ void moments(const CpuPlan& p, Span span, const void* input, Partial partial) {
   }
 }
 
-template <class T, IndexMap kMap, bool kRelu, bool kResidual>
+template <class T, IndexMap kMap, Act kAct, bool kResidual>
 void apply_forward(const CpuPlan& p, Span span, const ForwardArrays& arrays,
                    const ForwardArgs& args) {
   using C = compute_t<T>;
@@ -129,12 +130,12 @@ void apply_forward(const CpuPlan& p, Span span, const ForwardArrays& arrays,
             if (writes_ahead) prefetch_for_store(y + at + t.ahead);
             Vec<C> z = apply(affine, load_lanes(x + at, n));
             if constexpr (kResidual) z = z + load_lanes(residual + at, n);
-            if constexpr (kRelu) {
-              const Sign<C> sign = passes_relu(z);
+            if constexpr (kAct != Act::kNone) {
+              const Condition<C> passed = passes(z);
               if (kResidual && args.relu_mask)
                 store_bits(args.relu_mask + t.mask_offset + row * t.mask_stride + i / 8,
-                           to_bits(sign), n);
-              z = keep(sign, z);
+                           to_bits(passed), n);
+              z = activate<kAct>(passed, z);
             }
             store_lanes(y + at, z, n, p.nontemporal_stores);
           },
@@ -149,11 +150,12 @@ struct Table {
     with_map(p.map, [&](auto map) { BNEXT_ISA_NAMESPACE::moments<T, map>(p, span, input, out); });
   }
   static void apply_forward(const CpuPlan& p, Span span, const ForwardArrays& arrays,
-                            const ForwardArgs& args, bool relu) {
+                            const ForwardArgs& args, Act act) {
     with_map(p.map, [&](auto map) {
-      with_bool(relu, [&](auto relu_c) {
+      with_bool(act == Act::kRelu, [&](auto relu) {
         with_bool(args.residual != nullptr, [&](auto residual) {
-          BNEXT_ISA_NAMESPACE::apply_forward<T, map, relu_c, residual>(p, span, arrays, args);
+          BNEXT_ISA_NAMESPACE::apply_forward<T, map, relu ? Act::kRelu : Act::kNone, residual>(
+              p, span, arrays, args);
         });
       });
     });

@@ -37,12 +37,12 @@ struct Partial {
 
 struct ForwardKernels {
   void (*moments)(const CpuPlan&, Span, const void* input, Partial);
-  void (*apply)(const CpuPlan&, Span, const ForwardArrays&, const ForwardArgs&, bool relu);
+  void (*apply)(const CpuPlan&, Span, const ForwardArrays&, const ForwardArgs&, Act);
 };
 
 struct BackwardKernels {
-  using Kernel = void (*)(const CpuPlan&, Span, const BackwardArrays&, const BackwardArgs&,
-                          bool relu, Partial);
+  using Kernel = void (*)(const CpuPlan&, Span, const BackwardArrays&, const BackwardArgs&, Act,
+                          Partial);
   Kernel sums;
   Kernel apply;            // batch statistics: after sums
   Kernel frozen;           // frozen statistics: dx is dy * a
@@ -51,10 +51,9 @@ struct BackwardKernels {
 
 struct DoubleBackwardKernels {
   // Adds to sums, which are DoubleBackwardSums of each bin.
-  void (*sums)(const CpuPlan&, Span, const DoubleBackwardArrays&, const DoubleBackwardArgs&,
-               bool relu, double* const sums[5]);
-  void (*apply)(const CpuPlan&, Span, const DoubleBackwardArrays&, const DoubleBackwardArgs&,
-                bool relu);
+  void (*sums)(const CpuPlan&, Span, const DoubleBackwardArrays&, const DoubleBackwardArgs&, Act,
+               double* const sums[5]);
+  void (*apply)(const CpuPlan&, Span, const DoubleBackwardArrays&, const DoubleBackwardArgs&, Act);
 };
 
 // The number of values per bin in chunks [chunk0, chunk1).

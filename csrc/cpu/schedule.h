@@ -83,7 +83,10 @@ class Schedule {
   // The counter must move whatever the plan, so it does here.
   void train_forward(const ForwardArgs& args) {
     // Scratch comes first: where memory runs out, nothing may have been counted.
-    Arrays<double> partials(2 * p_.slices, p_.bins);
+    Arrays<double> partials(2 * p_.slices + 1, std::max(p_.bins, p_.slices));
+    double* const counts = partials[2 * p_.slices];  // values of a bin in each slice
+    for (int64_t slice = 0; slice < p_.slices; ++slice)
+      counts[slice] = static_cast<double>(slice_values(slice));
     Arrays<C> coefficients(3, p_.bins);
     double factor = args.momentum;
     if (args.num_batches_tracked) ++*args.num_batches_tracked;
@@ -96,14 +99,14 @@ class Schedule {
       k.moments(p_, span(slice, bin0, bin1), args.input, partial(partials, slice));
     };
     const auto finish = [&](int64_t c) {
-      const Moments<double> m = moments(partials, c);
+      const Moments<double> m = moments(partials, counts, c);
       const Statistics s{m.mean, inverse_std(m.m2 / m.count, args.eps)};
       save(args, c, s);
       update_running(args, factor, c, m);
       set_affine(coefficients, c, s, args.weight, args.bias);
     };
     const auto apply = [&](int64_t slice, int64_t bin0, int64_t bin1) {
-      k.apply(p_, span(slice, bin0, bin1), arrays, args, q_.relu);
+      k.apply(p_, span(slice, bin0, bin1), arrays, args, q_.act);
     };
     run(reduce, finish, apply);
   }
@@ -117,7 +120,7 @@ class Schedule {
                  args.weight, args.bias);
     const auto& k = table<ForwardKernels>();
     for_each_task([&](int64_t slice, int64_t bin0, int64_t bin1) {
-      k.apply(p_, span(slice, bin0, bin1), arrays, args, q_.relu);
+      k.apply(p_, span(slice, bin0, bin1), arrays, args, q_.act);
     });
   }
 
@@ -133,7 +136,7 @@ class Schedule {
     }
     const auto& k = table<BackwardKernels>();
     const auto reduce = [&](int64_t slice, int64_t bin0, int64_t bin1) {
-      k.sums(p_, span(slice, bin0, bin1), arrays, args, q_.relu, partial(partials, slice));
+      k.sums(p_, span(slice, bin0, bin1), arrays, args, q_.act, partial(partials, slice));
     };
     const auto finish = [&](int64_t c) {
       const GradSums sums = grad_sums(partials, args, c);
@@ -142,7 +145,7 @@ class Schedule {
       if (!frozen) set_input_grad(coefficients, args, c, sums);
     };
     const auto apply = [&](int64_t slice, int64_t bin0, int64_t bin1) {
-      k.apply(p_, span(slice, bin0, bin1), arrays, args, q_.relu, {});
+      k.apply(p_, span(slice, bin0, bin1), arrays, args, q_.act, {});
     };
     const bool applies = args.grad_input || args.grad_residual;
     const bool sums = !frozen || args.grad_weight || args.grad_bias;
@@ -152,7 +155,7 @@ class Schedule {
     }
     const auto kernel = !sums ? k.frozen : applies ? k.frozen_and_sums : k.sums;
     for_each_task([&](int64_t slice, int64_t bin0, int64_t bin1) {
-      kernel(p_, span(slice, bin0, bin1), arrays, args, q_.relu, partial(partials, slice));
+      kernel(p_, span(slice, bin0, bin1), arrays, args, q_.act, partial(partials, slice));
     });
     for (int64_t c = 0; sums && c < q_.c; ++c) finish(c);
   }
@@ -171,7 +174,7 @@ class Schedule {
       if (frozen && !args.grad_weight) return;  // what follows is made of no sums
       double* sums[kSums];
       for (int i = 0; i < kSums; ++i) sums[i] = partials[kSums * slice + i];
-      k.sums(p_, span(slice, bin0, bin1), arrays, args, q_.relu, sums);
+      k.sums(p_, span(slice, bin0, bin1), arrays, args, q_.act, sums);
     };
     const auto finish = [&](int64_t c) {
       double total[kSums] = {};
@@ -189,7 +192,7 @@ class Schedule {
       write(args.grad_weight, c, d.grad_weight);
     };
     const auto apply = [&](int64_t slice, int64_t bin0, int64_t bin1) {
-      if (q_.applies()) k.apply(p_, span(slice, bin0, bin1), arrays, args, q_.relu);
+      if (q_.applies()) k.apply(p_, span(slice, bin0, bin1), arrays, args, q_.act);
     };
     run(reduce, finish, apply);
   }
@@ -215,12 +218,11 @@ class Schedule {
   }
 
   // From sums to statistics.
-  Moments<double> moments(Arrays<double>& partials, int64_t c) const {
+  Moments<double> moments(Arrays<double>& partials, const double* counts, int64_t c) const {
     Moments<double> all{0, 0, 0};
     for_each_partial(c, [&](int64_t slice, int64_t bin) {
       const Partial part = partial(partials, slice);
-      const Moments<double> m{static_cast<double>(slice_values(slice)), part.first[bin],
-                              part.second[bin]};
+      const Moments<double> m{counts[slice], part.first[bin], part.second[bin]};
       if (m.count > 0) all = all.count > 0 ? combine(all, m) : m;
     });
     return all;

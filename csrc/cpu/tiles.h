@@ -168,17 +168,20 @@ inline void with_bool(bool value, F f) {
     f(std::false_type{});
 }
 
-// How a backward knows where the ReLU passed.
-enum class Relu { kNone, kRecompute, kMask };
+// From what a backward knows where the activation passed.
+enum class Passed { kEverywhere, kInput, kMask };
 
+// f(the activation, from what) of a backward.
 template <class F>
-inline void with_relu(bool relu, const uint8_t* mask, F f) {
-  if (!relu)
-    f(std::integral_constant<Relu, Relu::kNone>{});
+inline void with_activation(Act act, const uint8_t* mask, F f) {
+  using None = std::integral_constant<Act, Act::kNone>;
+  using Relu = std::integral_constant<Act, Act::kRelu>;
+  if (act == Act::kNone)
+    f(None{}, std::integral_constant<Passed, Passed::kEverywhere>{});
   else if (mask)
-    f(std::integral_constant<Relu, Relu::kMask>{});
+    f(Relu{}, std::integral_constant<Passed, Passed::kMask>{});
   else
-    f(std::integral_constant<Relu, Relu::kRecompute>{});
+    f(Relu{}, std::integral_constant<Passed, Passed::kInput>{});
 }
 
 // Table<T>::value for the dtype's storage type T.

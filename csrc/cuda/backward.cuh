@@ -9,6 +9,7 @@
 //   apply     frozen statistics, dx alone.
 #pragma once
 
+#include "../activation.h"
 #include "exchange.cuh"
 #include "launch.h"
 #include "slab.cuh"
@@ -97,8 +98,8 @@ struct GradTile {
 template <class C, class Items>
 __device__ inline bool passes(const BackwardCall& call, const Items& items, const Item& item, int v,
                               const Affine<C>& affine, C x) {
-  if (!call.problem.relu) return true;
-  if (!call.args.relu_mask) return passes_relu(apply(affine, x));
+  if (call.problem.act == Act::kNone) return true;
+  if (!call.args.relu_mask) return bnext::passes(apply(affine, x));
   constexpr int V = Items::kElements;
   return own_mask_bits<V>(call.args.relu_mask[items.mask_offset(item)]) >> v & 1;
 }
@@ -125,7 +126,7 @@ __device__ inline void load_tile(const BackwardCall& call, const Items& items,
     else
       items.retreat(item);
   }
-  if (!call.problem.relu) return;
+  if (call.problem.act == Act::kNone) return;
 #pragma unroll
   for (int i = 0; i < tile.kItems; ++i)
     if (tile.valid[i]) {
@@ -136,8 +137,7 @@ __device__ inline void load_tile(const BackwardCall& call, const Items& items,
     }
 }
 
-// Sums of the products for which `f` calls its argument, in accumulators of A; true where A was
-// wide enough for them.
+// Sums the products that for_each() lists in accumulators of A; true where A was wide enough.
 template <class A, class C, class ForEach>
 __device__ inline bool sum_products(C mean, const ForEach& for_each, GradSums& sums) {
   A dy_sum = 0, dy_xmu_sum = 0;
@@ -280,7 +280,7 @@ __device__ inline void apply_backward(const BackwardCall& call, const Items& ite
                                       const BinCoefficients<compute_t<T>, Items::kBins>& bins,
                                       const Source& x, const Source& dy) {
   if (!call.args.grad_input && !call.args.grad_residual) return;
-  const bool recomputes = call.problem.relu && !call.args.relu_mask;
+  const bool recomputes = call.problem.act != Act::kNone && !call.args.relu_mask;
   const bool reads_x = recomputes || !is_frozen(call.args);
   const int count = items.iterations();
   Item item = items.at(count - 1);

@@ -93,12 +93,6 @@ __device__ inline void write(ParamOut p, int64_t c, double value) {
   });
 }
 
-// What a ReLU passes: NaN too.
-template <class C>
-__device__ inline bool passes_relu(C z) {
-  return !(z <= C(0));
-}
-
 // The threads whose items share a byte of the mask lie side by side (see RowItems, ColumnItems).
 template <int V>
 inline constexpr int kThreadsPerMaskByte = kMaskBits / V;

@@ -7,6 +7,7 @@
 //   apply     alone with frozen statistics, 2E.
 #pragma once
 
+#include "../activation.h"
 #include "exchange.cuh"
 #include "launch.h"
 #include "slab.cuh"
@@ -105,10 +106,10 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
         for (int v = 0; v < V; ++v) {
           C value = apply(affine[v % Items::kBins], x[i].get(v));
           if (residual) value = value + z[i].get(v);
-          if (call.problem.relu) {
-            const bool passes = passes_relu(value);
-            bits |= static_cast<unsigned>(passes) << v;
-            value = passes ? value : C(0);
+          if (call.problem.act == Act::kRelu) {
+            const bool passed = passes(value);
+            bits |= static_cast<unsigned>(passed) << v;
+            value = activate<Act::kRelu>(passed, value);
           }
           y.set(v, value);
         }

@@ -27,9 +27,9 @@ class Fields(ctypes.Structure):
 class Problem(Fields):
     _fields_ = [
         ("stage", c_uint8), ("n", c_int64), ("c", c_int64), ("hw", c_int64),
-        ("channels_last", c_bool), ("dtype", c_uint8), ("relu", c_bool), ("residual", c_bool),
+        ("channels_last", c_bool), ("dtype", c_uint8), ("act", c_uint8), ("residual", c_bool),
         ("has_mask", c_bool), ("need_input", c_bool), ("need_params", c_bool),
-        ("alignment", c_int),
+        ("need_residual", c_bool), ("alignment", c_int),
     ]  # fmt: skip
 
 
@@ -104,9 +104,12 @@ def problem(x: Tensor, stage: str, **fields) -> Problem:
     n, c = x.shape[:2]
     p = Problem(
         STAGES.index(stage), n, c, math.prod(x.shape[2:]), is_channels_last(x),
-        DTYPES.index(x.dtype), False, False, False, True, True, 16,
+        DTYPES.index(x.dtype), 0, False, False, True, True, False, 16,
     )  # fmt: skip
-    fields.setdefault("has_mask", fields.get("relu", False) and fields.get("residual", False))
+    fields["act"] = int(fields.pop("relu", False))  # as Act
+    fields.setdefault("has_mask", bool(fields["act"]) and fields.get("residual", False))
+    if "backward" in stage:
+        fields["need_residual"] = fields.pop("residual", False)
     for name, value in fields.items():
         setattr(p, name, value)
     return p
@@ -198,7 +201,7 @@ def backward(e: Emulator, plan: CudaPlan, p: Problem, grad_out: Tensor, x: Tenso
     c, dtype = p.c, torch.float32 if weight is None else weight.dtype
     out = Backward(
         torch.empty_like(x) if p.need_input else None,
-        torch.empty_like(x) if p.residual else None,
+        torch.empty_like(x) if p.need_residual else None,
         torch.empty(c, dtype=dtype) if p.need_params else None,
         torch.empty(c, dtype=dtype) if p.need_params else None,
     )
