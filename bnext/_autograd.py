@@ -216,7 +216,7 @@ class _GradientFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> _Grads:
-        """Gradients by the formulas of csrc/cpu/double_backward.cpp."""
+        """Gradients by the formulas of csrc/formulas.h."""
         grad_out, input, weight, *rest = ctx.saved_tensors
         need_grad_out, need_input, need_weight, *others = ctx.needs_input_grad
         nothing = (None,) * len(others)

@@ -8,57 +8,29 @@
 #include <string>
 
 #include "cpu/cpu_info.h"
-#include "cuda/launch.h"
-#include "plan.h"
+#include "cuda/device_info.h"
+#include "cuda/plan.h"
 
 namespace py = pybind11;
 
 namespace bnext {
 namespace {
 
-template <class E>
-E parse(const char* what, const std::string& name,
-        std::initializer_list<std::pair<const char*, E>> values) {
-  std::string expected;
-  for (const auto& [text, value] : values) {
-    if (name == text) return value;
-    expected += std::string(expected.empty() ? "" : ", ") + text;
-  }
-  throw py::value_error(std::string(what) + ": expected one of " + expected + ", got " + name);
-}
-
-DType parse_dtype(const std::string& name) {
-  return parse<DType>("dtype", name,
-                      {{"float32", DType::kFloat32},
-                       {"float64", DType::kFloat64},
-                       {"bfloat16", DType::kBFloat16},
-                       {"float16", DType::kFloat16}});
-}
-
-Stage parse_stage(const std::string& name) {
-  return parse<Stage>("stage", name,
-                      {{"train_forward", Stage::kTrainForward},
-                       {"eval_forward", Stage::kEvalForward},
-                       {"train_backward", Stage::kTrainBackward},
-                       {"eval_backward", Stage::kEvalBackward}});
-}
-
-Isa parse_isa(const std::string& name) {
-  return parse<Isa>("isa", name,
-                    {{"default", Isa::kDefault}, {"avx2", Isa::kAvx2}, {"avx512", Isa::kAvx512}});
-}
-
 // `residual`: the forward adds one, and saves a mask unless no backward is to come.
 Problem make_problem(int64_t n, int64_t c, int64_t hw, bool channels_last, const std::string& dtype,
                      const std::string& stage, bool relu, bool residual, bool need_input,
                      bool need_params, bool save_mask, bool need_residual) {
   if (n < 1 || c < 1 || hw < 1) throw py::value_error("n, c, hw: expected at least 1");
-  const Stage parsed = parse_stage(stage);
+  const Stage parsed = parse(
+      "stage", stage,
+      {Stage::kTrainForward, Stage::kEvalForward, Stage::kTrainBackward, Stage::kEvalBackward});
+  const DType parsed_dtype =
+      parse("dtype", dtype, {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16});
   const bool backward = is_backward(parsed);
-  return canonical({parsed, n, c, hw, channels_last, parse_dtype(dtype), relu,
-                    residual && (need_residual || !backward),
-                    relu && residual && (save_mask || backward), need_input || !backward,
-                    need_params || !backward});
+  return canonical({parsed, n, c, hw, channels_last, parsed_dtype, relu ? Act::kRelu : Act::kNone,
+                    residual && !backward, relu && residual && (save_mask || backward),
+                    need_input || !backward, need_params || !backward,
+                    residual && need_residual && backward});
 }
 
 CpuPlan plan(int64_t n, int64_t c, int64_t hw, bool channels_last, const std::string& dtype,
@@ -102,6 +74,22 @@ CudaInfo cuda_device_info([[maybe_unused]] int device) {
 #endif
 }
 
+template <class Plan>
+void def_plan(py::module_& m, const char* name) {
+  py::class_<Plan> plan(m, name);
+  Plan::fields([&](const char* field, auto member) {
+    plan.def_property_readonly(field, [member](const Plan& p) {
+      if constexpr (std::is_enum_v<std::decay_t<decltype(p.*member)>>)
+        return to_string(p.*member);
+      else
+        return p.*member;
+    });
+  });
+  plan.def(py::self == py::self).def("__repr__", [name](const Plan& p) {
+    return to_string(name, p);
+  });
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = BNEXT_VERSION;
@@ -131,7 +119,8 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<CpuInfo>(m, "DeviceInfo")
       .def(py::init([](const std::string& isa, int threads, int64_t l1, int64_t l2, int64_t l3) {
-             return CpuInfo{parse_isa(isa), threads, l1, l2, l3};
+             return CpuInfo{parse("isa", isa, {Isa::kDefault, Isa::kAvx2, Isa::kAvx512}), threads,
+                            l1, l2, l3};
            }),
            py::arg("isa"), py::arg("threads"), py::arg("l1_bytes"), py::arg("l2_bytes"),
            py::arg("l3_bytes"))
@@ -141,28 +130,7 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("l2_bytes", &CpuInfo::l2_bytes)
       .def_readonly("l3_bytes", &CpuInfo::l3_bytes);
 
-  py::class_<CpuPlan>(m, "Plan")
-      .def_property_readonly("isa", [](const CpuPlan& p) { return to_string(p.isa); })
-      .def_property_readonly("family", [](const CpuPlan& p) { return to_string(p.family); })
-      .def_property_readonly("index_map", [](const CpuPlan& p) { return to_string(p.map); })
-      .def_readonly("lanes", &CpuPlan::lanes)
-      .def_readonly("lanes_per_channel", &CpuPlan::lanes_per_channel)
-      .def_readonly("rows", &CpuPlan::rows)
-      .def_readonly("row_stride", &CpuPlan::row_stride)
-      .def_readonly("width", &CpuPlan::width)
-      .def_readonly("segments", &CpuPlan::segments)
-      .def_readonly("segment_width", &CpuPlan::segment_width)
-      .def_readonly("chunk_rows", &CpuPlan::chunk_rows)
-      .def_readonly("chunks", &CpuPlan::chunks)
-      .def_readonly("slices", &CpuPlan::slices)
-      .def_readonly("block", &CpuPlan::block)
-      .def_readonly("tasks", &CpuPlan::tasks)
-      .def_readonly("grain", &CpuPlan::grain)
-      .def_readonly("nontemporal_stores", &CpuPlan::nontemporal_stores)
-      .def_readonly("bytes_moved", &CpuPlan::bytes_moved)
-      .def_readonly("bytes_floor", &CpuPlan::bytes_floor)
-      .def(py::self == py::self)
-      .def("__repr__", [](const CpuPlan& p) { return to_string(p); });
+  def_plan<CpuPlan>(m, "Plan");
 
   m.def("plan_cuda", &plan_on_cuda, py::arg("n"), py::arg("c"), py::arg("hw"),
         py::arg("channels_last"), py::arg("dtype"), py::arg("stage"), py::arg("relu"),
@@ -182,29 +150,5 @@ PYBIND11_MODULE(_C, m) {
       .def_readonly("max_cluster_blocks", &CudaInfo::max_cluster_blocks)
       .def(py::self == py::self);
 
-  py::class_<CudaPlan>(m, "CudaPlan")
-      .def_property_readonly("family", [](const CudaPlan& p) { return to_string(p.family); })
-      .def_property_readonly("index_map", [](const CudaPlan& p) { return to_string(p.map); })
-      .def_property_readonly("team", [](const CudaPlan& p) { return to_string(p.team); })
-      .def_readonly("vector", &CudaPlan::vector)
-      .def_readonly("threads", &CudaPlan::threads)
-      .def_readonly("lanes_per_channel", &CudaPlan::lanes_per_channel)
-      .def_readonly("rows", &CudaPlan::rows)
-      .def_readonly("segments", &CudaPlan::segments)
-      .def_readonly("segment_width", &CudaPlan::segment_width)
-      .def_readonly("group", &CudaPlan::group)
-      .def_readonly("groups", &CudaPlan::groups)
-      .def_readonly("columns", &CudaPlan::columns)
-      .def_readonly("team_blocks", &CudaPlan::team_blocks)
-      .def_readonly("teams", &CudaPlan::teams)
-      .def_readonly("rows_per_block", &CudaPlan::rows_per_block)
-      .def_readonly("items_per_thread", &CudaPlan::items_per_thread)
-      .def_readonly("groups_per_launch", &CudaPlan::groups_per_launch)
-      .def_readonly("launches", &CudaPlan::launches)
-      .def_readonly("shared_bytes", &CudaPlan::shared_bytes)
-      .def_readonly("workspace_bytes", &CudaPlan::workspace_bytes)
-      .def_readonly("bytes_moved", &CudaPlan::bytes_moved)
-      .def_readonly("bytes_floor", &CudaPlan::bytes_floor)
-      .def(py::self == py::self)
-      .def("__repr__", [](const CudaPlan& p) { return to_string(p); });
+  def_plan<CudaPlan>(m, "CudaPlan");
 }

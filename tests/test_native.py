@@ -62,7 +62,7 @@ def test_short_rows_are_columns(v, team) -> None:
                       info=SMALL, relu=True)  # fmt: skip
     plan = check_training(make(SHORT_ROWS[v], NCHW, DTYPES[2]), setting)
     channel = SHORT_ROWS[v][2] * SHORT_ROWS[v][3]
-    assert (plan.vector, plan.map, plan.lanes_per_channel) == (v, COLUMNS, channel)
+    assert (plan.vector, plan.map, plan.bins_per_channel) == (v, COLUMNS, channel)
 
 
 @pytest.mark.parametrize("layout", [((9, 3, 10, 12), NCHW), ((9, 40, 5, 3), NHWC)], ids=shape_id)

@@ -40,7 +40,7 @@ devices = st.builds(
 
 
 SPLIT = (
-    "index_map", "lanes", "lanes_per_channel", "rows", "row_stride", "width", "segments",
+    "index_map", "bins", "bins_per_channel", "rows", "row_stride", "width", "segments",
     "segment_width", "chunk_rows", "chunks", "slices",
 )  # fmt: skip
 
@@ -69,17 +69,17 @@ def test_the_work_is_covered_once(problem, device) -> None:
     n, c, hw, _, _, _, _, _ = problem
     p = _C.plan(*problem, device)
     assert p.isa == device.isa
-    assert p.lanes * p.rows * p.width == n * c * hw
-    assert p.lanes == c * p.lanes_per_channel
-    assert (p.index_map == "columns") == (p.width == 1 and p.row_stride == p.lanes) or hw == 1
+    assert p.bins * p.rows * p.width == n * c * hw
+    assert p.bins == c * p.bins_per_channel
+    assert (p.index_map == "columns") == (p.width == 1 and p.row_stride == p.bins) or hw == 1
     assert (p.segments - 1) * p.segment_width < p.width <= p.segments * p.segment_width
     assert p.chunks == ceil(p.rows, p.chunk_rows) * p.segments
     assert 1 <= p.slices <= p.chunks
-    tasks = ceil(p.lanes, p.block)
+    tasks = ceil(p.bins, p.block)
     assert p.tasks == (tasks if p.family == "resident" else tasks * p.slices)
     assert p.block >= 1 and p.grain >= 1
     if p.family == "resident":
-        assert p.block % p.lanes_per_channel == 0, "a task that finishes a channel needs all of it"
+        assert p.block % p.bins_per_channel == 0, "a task that finishes a channel needs all of it"
     chunk = p.chunk_rows * (p.segment_width if p.segments > 1 else p.width)
     assert chunk * SIZES["float64"] <= 48 * KIB or p.chunk_rows == 1, "a chunk stays in the L1"
 

@@ -20,7 +20,7 @@ STAGES = ["train_forward", "eval_forward", "train_backward", "eval_backward"]
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 # What kernels are instantiated for: elements per access.
 VECTORS = {"float32": {4, 1}, "float64": {1}, "bfloat16": {8, 4, 1}, "float16": {8, 4, 1}}
-PARTIAL_BYTES, JOIN_LANES, COEFFICIENTS = 24, 512, 8
+PARTIAL_BYTES, JOIN_BINS, COEFFICIENTS = 24, 512, 8
 # C and the height of the 53 batch norms of ResNet-50.
 RESNET50 = [
     (64, 112), (64, 56), (128, 56), (256, 56), (128, 28), (256, 28), (512, 28), (256, 14),
@@ -66,7 +66,7 @@ def check(problem, gpu, p, needs=(True, True), alignment=16) -> None:
     # The kernels there are.
     assert p.vector in VECTORS[dtype] and p.vector * size <= 16
     assert p.vector == 1 or p.vector * size <= alignment
-    # Threads of the launch bounds: sums and coefficients of eight lanes take registers.
+    # Threads of the launch bounds: sums and coefficients of eight bins take registers.
     most = 512 if p.index_map == "rows" else {1: 512, 4: 384, 8: 256}[p.vector]
     assert p.threads % 32 == 0 and 32 <= p.threads <= most
     teams_of = {"resident": {"block", "cluster", "grid"}}.get(p.family, {"stream"})
@@ -76,10 +76,10 @@ def check(problem, gpu, p, needs=(True, True), alignment=16) -> None:
     assert p.family != "resident" or applies, "what only sums reads once anyway"
 
     # Groups of channels, and rows of them.
-    lanes = p.group * p.lanes_per_channel
-    assert 1 <= lanes <= 512 and p.groups == ceil(c, p.group)
+    bins = p.group * p.bins_per_channel
+    assert 1 <= bins <= 512 and p.groups == ceil(c, p.group)
     if p.index_map == "rows":
-        assert not channels_last and p.lanes_per_channel == 1
+        assert not channels_last and p.bins_per_channel == 1
         assert p.threads % (32 * p.group) == 0, "whole warps for each channel"
         assert (p.segments - 1) * p.segment_width < hw <= p.segments * p.segment_width
         assert p.rows == n * p.segments and hw % p.vector == 0
@@ -88,13 +88,13 @@ def check(problem, gpu, p, needs=(True, True), alignment=16) -> None:
         row_items = ceil(p.segment_width, 8) * (8 // p.vector)
         items = ceil(p.rows_per_block * row_items, p.threads // p.group)
     else:
-        assert p.segments == 1 and p.columns * p.vector == ceil(lanes, 8) * 8
-        assert 1 <= p.columns <= p.threads and p.columns * p.vector <= JOIN_LANES
-        assert p.lanes_per_channel == (1 if channels_last else hw)
+        assert p.segments == 1 and p.columns * p.vector == ceil(bins, 8) * 8
+        assert 1 <= p.columns <= p.threads and p.columns * p.vector <= JOIN_BINS
+        assert p.bins_per_channel == (1 if channels_last else hw)
         assert channels_last or not (relu and residual), "mask bytes belong to rows of memory"
-        assert c * p.lanes_per_channel % p.vector == 0
-        assert p.groups == 1 or lanes % 8 == 0
-        assert p.groups == 1 or lanes * size >= 64, "DRAM fills half lines of 64 bytes"
+        assert c * p.bins_per_channel % p.vector == 0
+        assert p.groups == 1 or bins % 8 == 0
+        assert p.groups == 1 or bins * size >= 64, "DRAM fills half lines of 64 bytes"
         assert p.rows == (n * hw if channels_last else n)
         items = ceil(p.rows_per_block, p.threads // p.columns)
     assert p.team_blocks * p.rows_per_block >= p.rows
@@ -106,7 +106,7 @@ def check(problem, gpu, p, needs=(True, True), alignment=16) -> None:
     assert p.items_per_thread == (items if resident else 0)
     slabs = operands * p.items_per_thread * p.threads * p.vector * size
     assert p.shared_bytes == (
-        aligned(slabs) + aligned(JOIN_LANES * PARTIAL_BYTES) + aligned(lanes * PARTIAL_BYTES)
+        aligned(slabs) + aligned(JOIN_BINS * PARTIAL_BYTES) + aligned(bins * PARTIAL_BYTES)
         + aligned(p.group * COEFFICIENTS * (8 if dtype == "float64" else 4))
     )  # fmt: skip
     assert p.shared_bytes <= gpu.shared_bytes_per_block

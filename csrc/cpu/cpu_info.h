@@ -1,7 +1,7 @@
 // What the plan needs to know of this machine.
 #pragma once
 
-#include "../plan.h"
+#include "plan.h"
 
 namespace bnext {
 

@@ -1,171 +1,163 @@
-// The double backward's kernels, compiled per instruction set as kernels.cpp. Bytes per element:
-// sums reads grad_grad_input, grad_out and input once; apply reads them (and grad_grad_residual)
-// again and writes what is asked for. Sums are kept in double: three reads hide the conversions.
-#include "../epilogue.h"
-#include "double_backward.h"
-#include "vec.h"
-#include "vec_memory.h"
+// The double backward's kernels, compiled per instruction set as forward_kernels.cpp. Bytes per
+// element: sums reads grad_grad_input, grad_out and input once; apply reads them (and
+// grad_grad_residual) again and writes what is asked for. Sums are kept in double: three reads hide
+// the conversions.
+#include "../activation.h"
+#include "../formulas.h"
+#include "tiles.h"
 
 namespace bnext::BNEXT_ISA_NAMESPACE {
 namespace {
 
-enum class Relu { kNone, kRecompute, kMask };
+constexpr int kSums = 5;
 
-// The per-channel coefficients that start at `channel`: of one channel for all lanes (rows), or of
-// adjacent channels.
-template <bool kColumns, class C>
-Vec<C> coefficients(const void* data, int64_t channel) {
-  const C* p = static_cast<const C*>(data) + channel;
-  if constexpr (kColumns)
-    return load(p);
-  else
-    return Vec<C>(*p);
-}
-
-// f(channel, at, mask_at, lanes) for every vector of a piece: `lanes` elements from `at` on, their
-// bits from byte mask_at on, their coefficients from `channel` on.
-template <bool kColumns, class F>
-void visit_piece(const DoubleBackwardCut& cut, int64_t piece, int64_t channel0, int64_t channel1,
-                 F f) {
-  if constexpr (kColumns) {
-    const int64_t mask_at = piece * ((cut.c + 7) / 8);
-    for (int64_t c = channel0; c < channel1; c += kLanes)
-      f(c, piece * cut.c + c, mask_at + c / 8,
-        static_cast<int>(std::min<int64_t>(kLanes, channel1 - c)));
-  } else {
-    const int64_t row = piece / cut.pieces_per_row * cut.c + channel0;
-    const int64_t start = piece % cut.pieces_per_row * cut.kPieceElements;
-    const int64_t end = std::min(cut.hw, start + cut.kPieceElements);
-    for (int64_t i = start; i < end; i += kLanes)
-      f(channel0, row * cut.hw + i, row * ((cut.hw + 7) / 8) + i / 8,
-        static_cast<int>(std::min<int64_t>(kLanes, end - i)));
-  }
-}
-
-template <class T>
-Vec<compute_t<T>> load_lanes(const void* data, int64_t at, int lanes) {
-  const T* p = static_cast<const T*>(data) + at;
-  return lanes == kLanes ? load(p) : load_first(p, lanes);
-}
-
-template <class T>
-void store_lanes(void* data, int64_t at, const Vec<compute_t<T>>& x, int lanes) {
-  T* p = static_cast<T*>(data) + at;
-  if (lanes == kLanes)
-    store(p, x);
-  else
-    store_first(p, x, lanes);
-}
-
-// What both kernels read of a vector: x - mean, u, and g with the sign by which the ReLU passed.
-template <class T, bool kColumns, Relu kRelu>
+// What both kernels read: pointers to a tile, and the coefficients of its vectors.
+template <class T, IndexMap kMap, Act kAct, Passed kPassed>
 struct Operands {
   using C = compute_t<T>;
-  Vec<C> xmu, u, g;
-  Sign<C> passed;
+  struct Values {
+    Vec<C> xmu, u, g;  // g where the activation passed
+    Condition<C> passed;
+  };
 
-  Operands(const DoubleBackwardLanes& l, const DoubleBackwardArgs& args, int64_t channel,
-           int64_t at, int64_t mask_at, int lanes) {
-    const Vec<C> x = load_lanes<T>(args.input, at, lanes);
-    const Vec<C> mean = coefficients<kColumns, C>(l.mean, channel);
-    xmu = x - mean;
-    u = load_lanes<T>(args.grad_grad_input, at, lanes);
-    g = load_lanes<T>(args.grad_out, at, lanes);
-    if constexpr (kRelu == Relu::kRecompute)
-      passed =
-          passes_relu(bnext::apply(Affine<Vec<C>>{mean, coefficients<kColumns, C>(l.scale, channel),
-                                                  coefficients<kColumns, C>(l.shift, channel)},
-                                   x));
-    if constexpr (kRelu == Relu::kMask)
-      passed = from_bits<C>(load_bits(args.relu_mask + mask_at, lanes));
-    if constexpr (kRelu != Relu::kNone) g = keep(passed, g);
+  const Tile& t;
+  const DoubleBackwardArrays& arrays;
+  const T *x, *u, *g;
+  const uint8_t* mask;
+  bool reads_ahead;
+
+  Operands(const Tile& tile, const DoubleBackwardArrays& all_arrays, const DoubleBackwardArgs& args,
+           bool prefetches)
+      : t(tile),
+        arrays(all_arrays),
+        x(static_cast<const T*>(args.input) + t.offset),
+        u(static_cast<const T*>(args.grad_grad_input) + t.offset),
+        g(static_cast<const T*>(args.grad_out) + t.offset),
+        mask(args.relu_mask + t.mask_offset),
+        reads_ahead(prefetches && t.ahead) {}
+
+  Vec<C> coefficients(const void* data, int64_t i) const {
+    return bin_values<kMap, C>(data, t.bin + i);
+  }
+  Affine<Vec<C>> affine(int64_t i) const {
+    Affine<Vec<C>> a;
+    a.mean = coefficients(arrays.mean, i);
+    if constexpr (kPassed == Passed::kInput)
+      a.scale = coefficients(arrays.scale, i), a.shift = coefficients(arrays.shift, i);
+    return a;
+  }
+  template <class N>
+  Values load(const Affine<Vec<C>>& a, int64_t row, int64_t i, N n) const {
+    const int64_t at = row * t.stride + i;
+    if (reads_ahead)
+      for (const T* p : {x, u, g}) prefetch(p + at + t.ahead);
+    const Vec<C> xi = load_lanes(x + at, n);
+    Values v{xi - a.mean, load_lanes(u + at, n), load_lanes(g + at, n), {}};
+    if constexpr (kPassed == Passed::kInput) v.passed = passes(bnext::apply(a, xi));
+    if constexpr (kPassed == Passed::kMask)
+      v.passed = from_bits<C>(load_bits(mask + row * t.mask_stride + i / 8, n));
+    if constexpr (kAct != Act::kNone) v.g = activate_backward<kAct>(v.passed, v.g);
+    return v;
   }
 };
 
-template <class T, bool kColumns, Relu kRelu>
-void sums(const DoubleBackwardCut& cut, DoubleBackwardTask task, const DoubleBackwardLanes& l,
-          const DoubleBackwardArgs& args, DoubleBackwardSums out) {
-  using Total = Vec<double>;
-  double* const results[] = {out.u, out.g, out.u_xmu, out.g_xmu, out.u_g};
-  Total total[5];
-  for (auto& t : total) t = Total(0.0);
-  for (int64_t piece = task.piece0; piece < task.piece1; ++piece)
-    visit_piece<kColumns>(
-        cut, piece, task.channel0, task.channel1,
-        [&](int64_t channel, int64_t at, int64_t mask_at, int lanes) {
-          const Operands<T, kColumns, kRelu> o(l, args, channel, at, mask_at, lanes);
-          // Lanes past the end are zero in u and g.
-          const Total u = to_double(o.u), g = to_double(o.g), xmu = to_double(o.xmu);
-          if constexpr (kColumns)
-            for (int s = 0; s < 5; ++s) total[s] = load(results[s] + channel);
-          total[0] = total[0] + u;
-          total[1] = total[1] + g;
-          total[2] = fma(u, xmu, total[2]);
-          total[3] = fma(g, xmu, total[3]);
-          total[4] = fma(u, g, total[4]);
-          if constexpr (kColumns)
-            for (int s = 0; s < 5; ++s) store_lanes<double>(results[s], channel, total[s], lanes);
-        });
-  if constexpr (!kColumns)
-    for (int s = 0; s < 5; ++s) results[s][task.channel0] = sum_lanes(total[s]);
+template <class T, IndexMap kMap, Act kAct, Passed kPassed>
+void sums(const CpuPlan& p, Span span, const DoubleBackwardArrays& arrays,
+          const DoubleBackwardArgs& args, double* const results[kSums]) {
+  struct State {
+    Affine<Vec<compute_t<T>>> affine;
+    Vec<double> total[kSums];
+  };
+  for (int64_t chunk = span.chunk0; chunk < span.chunk1; ++chunk)
+    for_each_tile<kMap>(p, chunk, span.bin0, span.bin1, [&](const Tile& t) {
+      const Operands<T, kMap, kAct, kPassed> operands(t, arrays, args, true);
+      visit<kMap, kGroupRows, 1>(
+          t,
+          [&](int64_t i) {
+            State s{operands.affine(i), {}};
+            for (int k = 0; k < kSums; ++k)
+              s.total[k] =
+                  kMap == IndexMap::kColumns ? load(results[k] + t.bin + i) : Vec<double>(0.0);
+            return s;
+          },
+          [&](State& s, int64_t row, int64_t i, auto, auto n) {
+            const auto v = operands.load(s.affine, row, i, n);
+            // Lanes past the end are zero in u and g.
+            const Vec<double> u = to_double(v.u), g = to_double(v.g), xmu = to_double(v.xmu);
+            s.total[0] = s.total[0] + u;
+            s.total[1] = s.total[1] + g;
+            s.total[2] = fma(u, xmu, s.total[2]);
+            s.total[3] = fma(g, xmu, s.total[3]);
+            s.total[4] = fma(u, g, s.total[4]);
+          },
+          [&](State& s, int64_t i, auto n) {
+            for (int k = 0; k < kSums; ++k)
+              if constexpr (kMap == IndexMap::kColumns)
+                store_lanes(results[k] + t.bin + i, s.total[k], n);
+              else
+                results[k][t.bin] += sum_lanes(s.total[k]);
+          });
+    });
 }
 
-template <class T, bool kColumns, Relu kRelu>
-void apply(const DoubleBackwardCut& cut, DoubleBackwardTask task, const DoubleBackwardLanes& l,
+template <class T, IndexMap kMap, Act kAct, Passed kPassed>
+void apply(const CpuPlan& p, Span span, const DoubleBackwardArrays& arrays,
            const DoubleBackwardArgs& args) {
   using C = compute_t<T>;
-  for (int64_t piece = task.piece0; piece < task.piece1; ++piece)
-    visit_piece<kColumns>(
-        cut, piece, task.channel0, task.channel1,
-        [&](int64_t channel, int64_t at, int64_t mask_at, int lanes) {
-          const auto of = [&](const void* data) {
-            return coefficients<kColumns, C>(data, channel);
-          };
-          const Operands<T, kColumns, kRelu> o(l, args, channel, at, mask_at, lanes);
-          const Vec<C> h = o.xmu * of(l.invstd);
-          if (args.grad_grad_out) {
-            Vec<C> z = fma(o.u, of(l.a_u), fma(h, of(l.a_h), of(l.a_1)));
-            if (args.grad_grad_residual) z = z + load_lanes<T>(args.grad_grad_residual, at, lanes);
-            if constexpr (kRelu != Relu::kNone) z = keep(o.passed, z);
-            store_lanes<T>(args.grad_grad_out, at, z, lanes);
-          }
-          if (args.grad_input)
-            store_lanes<T>(args.grad_input, at,
-                           fma(o.g, of(l.b_g), fma(o.u, of(l.b_u), fma(h, of(l.b_h), of(l.b_1)))),
-                           lanes);
-        });
-}
-
-// From run-time switches to an instantiation: f gets an integral constant for each.
-template <class F>
-void with_switches(const DoubleBackwardCut& cut, const DoubleBackwardArgs& args, bool relu, F f) {
-  const auto with_relu = [&](auto columns) {
-    if (!relu)
-      f(columns, std::integral_constant<Relu, Relu::kNone>{});
-    else if (args.relu_mask)
-      f(columns, std::integral_constant<Relu, Relu::kMask>{});
-    else
-      f(columns, std::integral_constant<Relu, Relu::kRecompute>{});
+  struct State {
+    Affine<Vec<C>> affine;
+    Vec<C> invstd, a_u, a_h, a_1, b_g, b_u, b_h, b_1;
   };
-  if (cut.columns)
-    with_relu(std::true_type{});
-  else
-    with_relu(std::false_type{});
+  for (int64_t chunk = span.chunk0; chunk < span.chunk1; ++chunk)
+    for_each_tile<kMap>(p, chunk, span.bin0, span.bin1, [&](const Tile& t) {
+      const Operands<T, kMap, kAct, kPassed> operands(t, arrays, args,
+                                                      p.family != Family::kResident);
+      const T* residual = static_cast<const T*>(args.grad_grad_residual) + t.offset;
+      T* grad_grad_out = static_cast<T*>(args.grad_grad_out) + t.offset;
+      T* grad_input = static_cast<T*>(args.grad_input) + t.offset;
+      visit<kMap, kGroupRows, 1>(
+          t,
+          [&](int64_t i) {
+            const auto from = [&](const void* data) { return operands.coefficients(data, i); };
+            return State{operands.affine(i), from(arrays.invstd), from(arrays.a_u),
+                         from(arrays.a_h),   from(arrays.a_1),    from(arrays.b_g),
+                         from(arrays.b_u),   from(arrays.b_h),    from(arrays.b_1)};
+          },
+          [&](const State& s, int64_t row, int64_t i, auto, auto n) {
+            const int64_t at = row * t.stride + i;
+            const auto v = operands.load(s.affine, row, i, n);
+            const Vec<C> h = v.xmu * s.invstd;
+            if (args.grad_grad_out) {
+              Vec<C> z = fma(v.u, s.a_u, fma(h, s.a_h, s.a_1));
+              if (args.grad_grad_residual) z = z + load_lanes(residual + at, n);
+              if constexpr (kAct != Act::kNone) z = activate_backward<kAct>(v.passed, z);
+              store_lanes(grad_grad_out + at, z, n, p.nontemporal_stores);
+            }
+            if (args.grad_input)
+              store_lanes(grad_input + at, fma(v.g, s.b_g, fma(v.u, s.b_u, fma(h, s.b_h, s.b_1))),
+                          n, p.nontemporal_stores);
+          },
+          [](const State&, int64_t, auto) {});
+    });
+  if (p.nontemporal_stores) fence_nontemporal();
 }
 
 template <class T>
 struct Table {
-  static void sums(const DoubleBackwardCut& cut, DoubleBackwardTask task,
-                   const DoubleBackwardLanes& lanes, const DoubleBackwardArgs& args, bool relu,
-                   DoubleBackwardSums out) {
-    with_switches(cut, args, relu, [&](auto columns, auto mode) {
-      BNEXT_ISA_NAMESPACE::sums<T, columns, mode>(cut, task, lanes, args, out);
+  static void sums(const CpuPlan& p, Span span, const DoubleBackwardArrays& arrays,
+                   const DoubleBackwardArgs& args, Act act, double* const results[kSums]) {
+    with_map(p.map, [&](auto map) {
+      with_activation(act, args.relu_mask, [&](auto act_c, auto passed) {
+        BNEXT_ISA_NAMESPACE::sums<T, map, act_c, passed>(p, span, arrays, args, results);
+      });
     });
   }
-  static void apply(const DoubleBackwardCut& cut, DoubleBackwardTask task,
-                    const DoubleBackwardLanes& lanes, const DoubleBackwardArgs& args, bool relu) {
-    with_switches(cut, args, relu, [&](auto columns, auto mode) {
-      BNEXT_ISA_NAMESPACE::apply<T, columns, mode>(cut, task, lanes, args);
+  static void apply(const CpuPlan& p, Span span, const DoubleBackwardArrays& arrays,
+                    const DoubleBackwardArgs& args, Act act) {
+    with_map(p.map, [&](auto map) {
+      with_activation(act, args.relu_mask, [&](auto act_c, auto passed) {
+        BNEXT_ISA_NAMESPACE::apply<T, map, act_c, passed>(p, span, arrays, args);
+      });
     });
   }
   static constexpr DoubleBackwardKernels value{sums, apply};
@@ -173,17 +165,9 @@ struct Table {
 
 }  // namespace
 
-const DoubleBackwardKernels& double_backward_kernels(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return Table<double>::value;
-    case DType::kBFloat16:
-      return Table<bfloat16>::value;
-    case DType::kFloat16:
-      return Table<float16>::value;
-    default:
-      return Table<float>::value;
-  }
+template <>
+const DoubleBackwardKernels& kernels(DType dtype) {
+  return table_of<Table>(dtype);
 }
 
 }  // namespace bnext::BNEXT_ISA_NAMESPACE

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../plan.h"
+#include "plan.h"
 
 namespace bnext {
 

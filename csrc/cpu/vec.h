@@ -90,23 +90,29 @@ inline Vec<T> fma(const Vec<T>& a, const Vec<T>& b, const Vec<T>& c) {
   return r;
 }
 
-// All ones in the lanes where not (x <= 0): those a ReLU passes, NaN among them.
+// A condition of each lane: all ones where it holds.
 template <class T>
-struct Sign {
+struct Condition {
   using integer = std::conditional_t<sizeof(T) == 8, int64_t, int32_t>;
   Vec<integer> mask;
 };
 
 template <class T>
-inline Sign<T> passes_relu(const Vec<T>& x) {
-  Sign<T> s;
-  for (int i = 0; i < Vec<T>::kCount; ++i) s.mask.v[i] = ~(x.v[i] <= typename Vec<T>::native{});
+inline Condition<T> operator<=(const Vec<T>& a, const Vec<T>& b) {
+  Condition<T> s;
+  for (int i = 0; i < Vec<T>::kCount; ++i) s.mask.v[i] = a.v[i] <= b.v[i];
+  return s;
+}
+template <class T>
+inline Condition<T> operator!(const Condition<T>& a) {
+  Condition<T> s;
+  for (int i = 0; i < Vec<T>::kCount; ++i) s.mask.v[i] = ~a.mask.v[i];
   return s;
 }
 
-// Lanes of x that pass, zero elsewhere.
+// x in the lanes where the condition holds, zero elsewhere.
 template <class T>
-inline Vec<T> keep(const Sign<T>& sign, const Vec<T>& x) {
+inline Vec<T> keep(const Condition<T>& sign, const Vec<T>& x) {
   Vec<T> r;
   for (int i = 0; i < Vec<T>::kCount; ++i)
     r.v[i] = sign.mask.v[i] ? x.v[i] : typename Vec<T>::native{};
@@ -120,9 +126,9 @@ inline constexpr LaneBits first_bits(int n) {
 }
 
 template <class T>
-inline Sign<T> from_bits(LaneBits bits) {
-  using Integer = typename Sign<T>::integer;
-  Sign<T> s;
+inline Condition<T> from_bits(LaneBits bits) {
+  using Integer = typename Condition<T>::integer;
+  Condition<T> s;
   constexpr int lanes = kLanes / Vec<T>::kCount;
   for (int i = 0; i < Vec<T>::kCount; ++i) {
     typename Vec<Integer>::native bit;
@@ -133,7 +139,7 @@ inline Sign<T> from_bits(LaneBits bits) {
 }
 
 template <class T>
-inline LaneBits to_bits(const Sign<T>& s) {
+inline LaneBits to_bits(const Condition<T>& s) {
   constexpr int lanes = kLanes / Vec<T>::kCount;
   unsigned bits = 0;
   for (int i = 0; i < Vec<T>::kCount; ++i) {

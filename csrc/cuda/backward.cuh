@@ -9,6 +9,7 @@
 //   apply     frozen statistics, dx alone.
 #pragma once
 
+#include "../activation.h"
 #include "exchange.cuh"
 #include "launch.h"
 #include "slab.cuh"
@@ -53,20 +54,30 @@ __device__ inline void set_coefficients(const BackwardCall& call, int64_t channe
   sync_block();
 }
 
-// dx's coefficients of a channel, from its sums; `writes`: and its parameters' gradients.
+// From sums to the gradients of the parameters.
+__device__ inline void write_param_grads(const BackwardCall& call, int64_t c,
+                                         const GradSums& sums) {
+  write(call.args.grad_weight, c, sums.dy_xmu * invstd_of(call, c));
+  write(call.args.grad_bias, c, sums.dy);
+}
+
+// From sums to dx's coefficients of a channel.
+template <class C>
+__device__ inline InputGrad<C> input_grad_of(const BackwardCall& call, int64_t c,
+                                             const GradSums& sums) {
+  const double count = static_cast<double>(call.problem.count());
+  return make_input_grad<C>(mean_of(call.args, c), invstd_of(call, c), read(call.args.weight, c, 1),
+                            sums.dy / count, sums.dy_xmu / count);
+}
+
+// Both, from sums about the rounded mean; `writes`: one block of a team writes to global memory.
 template <class C>
 __device__ inline InputGrad<C> finish_backward(const BackwardCall& call, int64_t c, GradSums sums,
                                                bool writes) {
-  const BackwardArgs& args = call.args;
-  const double mean = mean_of(args, c), invstd = invstd_of(call, c);
+  const double mean = mean_of(call.args, c);
   sums.dy_xmu -= (mean - static_cast<double>(static_cast<C>(mean))) * sums.dy;
-  if (writes) {
-    write(args.grad_weight, c, sums.dy_xmu * invstd);
-    write(args.grad_bias, c, sums.dy);
-  }
-  const double count = static_cast<double>(call.problem.count());
-  return make_input_grad<C>(mean, invstd, read(args.weight, c, 1), sums.dy / count,
-                            sums.dy_xmu / count);
+  if (writes) write_param_grads(call, c, sums);
+  return input_grad_of<C>(call, c, sums);
 }
 
 // Items in registers at once, of two operands.
@@ -87,8 +98,8 @@ struct GradTile {
 template <class C, class Items>
 __device__ inline bool passes(const BackwardCall& call, const Items& items, const Item& item, int v,
                               const Affine<C>& affine, C x) {
-  if (!call.problem.relu) return true;
-  if (!call.args.relu_mask) return passes_relu(apply(affine, x));
+  if (call.problem.act == Act::kNone) return true;
+  if (!call.args.relu_mask) return bnext::passes(apply(affine, x));
   constexpr int V = Items::kElements;
   return own_mask_bits<V>(call.args.relu_mask[items.mask_offset(item)]) >> v & 1;
 }
@@ -96,7 +107,7 @@ __device__ inline bool passes(const BackwardCall& call, const Items& items, cons
 // Loads the items k, k + direction, ... that lie in [first, last), and takes dy through the ReLU.
 template <class T, int V, class Items, class Source>
 __device__ inline void load_tile(const BackwardCall& call, const Items& items,
-                                 const Affine<compute_t<T>> (&affine)[Items::kLanes],
+                                 const Affine<compute_t<T>> (&affine)[Items::kBins],
                                  const Source& x, const Source& dy, bool reads_x, Item& item, int k,
                                  int first, int last, int direction,
                                  GradTile<T, V, kTileItems<Source>>& tile) {
@@ -115,19 +126,18 @@ __device__ inline void load_tile(const BackwardCall& call, const Items& items,
     else
       items.retreat(item);
   }
-  if (!call.problem.relu) return;
+  if (call.problem.act == Act::kNone) return;
 #pragma unroll
   for (int i = 0; i < tile.kItems; ++i)
     if (tile.valid[i]) {
 #pragma unroll
       for (int v = 0; v < V; ++v)
         tile.dy[i].keep(
-            v, passes(call, items, tile.at[i], v, affine[v % Items::kLanes], tile.x[i].get(v)));
+            v, passes(call, items, tile.at[i], v, affine[v % Items::kBins], tile.x[i].get(v)));
     }
 }
 
-// Sums of the products for which `f` calls its argument, in accumulators of A; true where A was
-// wide enough for them.
+// Sums the products that for_each() lists in accumulators of A; true where A was wide enough.
 template <class A, class C, class ForEach>
 __device__ inline bool sum_products(C mean, const ForEach& for_each, GradSums& sums) {
   A dy_sum = 0, dy_xmu_sum = 0;
@@ -143,42 +153,42 @@ __device__ inline bool sum_products(C mean, const ForEach& for_each, GradSums& s
   return zero;
 }
 
-// Adds a tile to the sums of a thread's lanes.
-template <class T, int V, int kItems, int kLanes>
-__device__ inline void add_tile(ThreadGradSums<kLanes>& sums, const GradTile<T, V, kItems>& tile,
-                                const Affine<compute_t<T>> (&affine)[kLanes]) {
+// Adds a tile to the sums of a thread's bins.
+template <class T, int V, int kItems, int kBins>
+__device__ inline void add_tile(ThreadGradSums<kBins>& sums, const GradTile<T, V, kItems>& tile,
+                                const Affine<compute_t<T>> (&affine)[kBins]) {
   using C = compute_t<T>;
 #pragma unroll
-  for (int lane = 0; lane < kLanes; ++lane) {
+  for (int bin = 0; bin < kBins; ++bin) {
     GradSums tile_sums;
     const bool fits = sum_products<C>(
-        affine[lane].mean,
+        affine[bin].mean,
         [&](const auto& f) {
 #pragma unroll
           for (int i = 0; i < tile.kItems; ++i)
             if (tile.valid[i]) {
 #pragma unroll
-              for (int v = lane; v < V; v += kLanes) f(tile.x[i].get(v), tile.dy[i].get(v));
+              for (int v = bin; v < V; v += kBins) f(tile.x[i].get(v), tile.dy[i].get(v));
             }
         },
         tile_sums);
-    sums.unfit |= static_cast<unsigned>(!fits) << lane;
-    sums.lanes[lane] = join(sums.lanes[lane], tile_sums);
+    sums.unfit |= static_cast<unsigned>(!fits) << bin;
+    sums.bins[bin] = join(sums.bins[bin], tile_sums);
   }
 }
 
-// Sums the lanes that did not fit in floats again, in double.
+// Sums the bins that did not fit in floats again, in double.
 template <class T, int V, class Items, class Source>
 __device__ inline void settle(const BackwardCall& call, const Items& items,
-                              const Affine<compute_t<T>> (&affine)[Items::kLanes], const Source& x,
-                              const Source& dy, ThreadGradSums<Items::kLanes>& sums) {
+                              const Affine<compute_t<T>> (&affine)[Items::kBins], const Source& x,
+                              const Source& dy, ThreadGradSums<Items::kBins>& sums) {
   using C = compute_t<T>;
   if constexpr (sizeof(C) < sizeof(double)) {
 #pragma unroll
-    for (int lane = 0; lane < Items::kLanes; ++lane)
-      if (sums.unfit >> lane & 1)
+    for (int bin = 0; bin < Items::kBins; ++bin)
+      if (sums.unfit >> bin & 1)
         sum_products<double>(
-            affine[lane].mean,
+            affine[bin].mean,
             [&](const auto& f) {
               Item item = items.at(0);
 #pragma unroll 1
@@ -187,12 +197,12 @@ __device__ inline void settle(const BackwardCall& call, const Items& items,
                 const int64_t offset = items.offset(item);
                 const Pack<T, V> x_pack = x(k, offset), dy_pack = dy(k, offset);
 #pragma unroll
-                for (int v = lane; v < V; v += Items::kLanes)
-                  if (passes(call, items, item, v, affine[lane], x_pack.get(v)))
+                for (int v = bin; v < V; v += Items::kBins)
+                  if (passes(call, items, item, v, affine[bin], x_pack.get(v)))
                     f(x_pack.get(v), dy_pack.get(v));
               }
             },
-            sums.lanes[lane]);
+            sums.bins[bin]);
   }
 }
 
@@ -200,7 +210,7 @@ __device__ inline void settle(const BackwardCall& call, const Items& items,
 // not even where x is inf or nan.
 template <class T, int V, int kItems, class Items>
 __device__ inline void store_tile(const BackwardCall& call, const Items& items,
-                                  const InputGrad<compute_t<T>> (&grad)[Items::kLanes],
+                                  const InputGrad<compute_t<T>> (&grad)[Items::kBins],
                                   const GradTile<T, V, kItems>& tile) {
   using C = compute_t<T>;
   const BackwardArgs& args = call.args;
@@ -212,7 +222,7 @@ __device__ inline void store_tile(const BackwardCall& call, const Items& items,
         Pack<T, V> dx;
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          const InputGrad<C>& g = grad[v % Items::kLanes];
+          const InputGrad<C>& g = grad[v % Items::kBins];
           const C dy = tile.dy[i].get(v);
           dx.set(v, is_frozen(args) ? g.a * dy : apply(g, dy, tile.x[i].get(v)));
         }
@@ -225,60 +235,60 @@ __device__ inline void store_tile(const BackwardCall& call, const Items& items,
     }
 }
 
-// A thread's own copy of its lanes' coefficients.
-template <class C, int kLanes>
-struct LaneCoefficients {
-  Affine<C> affine[kLanes];
-  InputGrad<C> grad[kLanes];
+// A thread's own copy of its bins' coefficients.
+template <class C, int kBins>
+struct BinCoefficients {
+  Affine<C> affine[kBins];
+  InputGrad<C> grad[kBins];
 
   template <class Items>
-  __device__ LaneCoefficients(const Items& items, const Problem& problem, int64_t channel0,
-                              const BackwardCoefficients<C>* coefficients) {
+  __device__ BinCoefficients(const Items& items, const Problem& problem, int64_t channel0,
+                             const BackwardCoefficients<C>* coefficients) {
 #pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane)
-      if (items.channel(lane) < problem.c) {
-        const BackwardCoefficients<C>& of_channel = coefficients[items.channel(lane) - channel0];
-        affine[lane] = of_channel.affine;
-        grad[lane] = of_channel.grad;
-        grad[lane].mean = affine[lane].mean;  // the same value in the same register
+    for (int bin = 0; bin < kBins; ++bin)
+      if (items.channel(bin) < problem.c) {
+        const BackwardCoefficients<C>& of_channel = coefficients[items.channel(bin) - channel0];
+        affine[bin] = of_channel.affine;
+        grad[bin] = of_channel.grad;
+        grad[bin].mean = affine[bin].mean;  // the same value in the same register
       }
   }
 };
 
-// Adds items [first, last) of a thread to the sums of its lanes; with kWritesFrozen, where the
+// Adds items [first, last) of a thread to the sums of its bins; with kWritesFrozen, where the
 // statistics are frozen, it also writes their dx.
 template <class T, int V, bool kWritesFrozen, class Items, class Source>
 __device__ inline void add_items(const BackwardCall& call, const Items& items,
-                                 const LaneCoefficients<compute_t<T>, Items::kLanes>& lanes,
-                                 int first, int last, const Source& x, const Source& dy,
-                                 ThreadGradSums<Items::kLanes>& sums) {
+                                 const BinCoefficients<compute_t<T>, Items::kBins>& bins, int first,
+                                 int last, const Source& x, const Source& dy,
+                                 ThreadGradSums<Items::kBins>& sums) {
   constexpr int kItems = kTileItems<Source>;
   Item item = items.at(first);
 #pragma unroll 1
   for (int k = first; k < last; k += kItems) {
     GradTile<T, V, kItems> tile;
-    load_tile(call, items, lanes.affine, x, dy, true, item, k, first, last, 1, tile);
-    add_tile(sums, tile, lanes.affine);
+    load_tile(call, items, bins.affine, x, dy, true, item, k, first, last, 1, tile);
+    add_tile(sums, tile, bins.affine);
     if constexpr (kWritesFrozen)
-      if (is_frozen(call.args)) store_tile(call, items, lanes.grad, tile);
+      if (is_frozen(call.args)) store_tile(call, items, bins.grad, tile);
   }
 }
 
 // dx of a thread's items, last items first: what a reduction read last is still in the caches.
 template <class T, int V, class Items, class Source>
 __device__ inline void apply_backward(const BackwardCall& call, const Items& items,
-                                      const LaneCoefficients<compute_t<T>, Items::kLanes>& lanes,
+                                      const BinCoefficients<compute_t<T>, Items::kBins>& bins,
                                       const Source& x, const Source& dy) {
   if (!call.args.grad_input && !call.args.grad_residual) return;
-  const bool recomputes = call.problem.relu && !call.args.relu_mask;
+  const bool recomputes = call.problem.act != Act::kNone && !call.args.relu_mask;
   const bool reads_x = recomputes || !is_frozen(call.args);
   const int count = items.iterations();
   Item item = items.at(count - 1);
 #pragma unroll 1
   for (int k = count - 1; k >= 0; k -= kTileItems<Source>) {
     GradTile<T, V, kTileItems<Source>> tile;
-    load_tile(call, items, lanes.affine, x, dy, reads_x, item, k, 0, count, -1, tile);
-    store_tile(call, items, lanes.grad, tile);
+    load_tile(call, items, bins.affine, x, dy, reads_x, item, k, 0, count, -1, tile);
+    store_tile(call, items, bins.grad, tile);
   }
 }
 
@@ -301,16 +311,16 @@ __global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
     const Items items(call.problem, plan, group, rank);
     const SharedSource<T, V> x{x_slab}, dy{dy_slab};
     set_coefficients(call, channel0, channels, coefficients);
-    ThreadGradSums<Items::kLanes> sums;
+    ThreadGradSums<Items::kBins> sums;
     {
-      const LaneCoefficients<C, Items::kLanes> lanes(items, call.problem, channel0, coefficients);
+      const BinCoefficients<C, Items::kBins> bins(items, call.problem, channel0, coefficients);
       load_and_reduce<T, V, 2>(
           items,
           {static_cast<const T*>(call.args.input), static_cast<const T*>(call.args.grad_out)},
           {x_slab, dy_slab}, [&](int first, int last) {
-            add_items<T, V, false>(call, items, lanes, first, last, x, dy, sums);
+            add_items<T, V, false>(call, items, bins, first, last, x, dy, sums);
           });
-      settle<T, V>(call, items, lanes.affine, x, dy, sums);
+      settle<T, V>(call, items, bins.affine, x, dy, sums);
     }
     join_threads<GradSums>(sums, items, plan, shared);
     exchange<GradSums>(plan, shared, call.workspace, channels, team, rank, turn,
@@ -318,8 +328,8 @@ __global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
                          coefficients[channel].grad =
                              finish_backward<C>(call, channel0 + channel, all, rank == 0);
                        });
-    const LaneCoefficients<C, Items::kLanes> lanes(items, call.problem, channel0, coefficients);
-    apply_backward<T, V>(call, items, lanes, x, dy);
+    const BinCoefficients<C, Items::kBins> bins(items, call.problem, channel0, coefficients);
+    apply_backward<T, V>(call, items, bins, x, dy);
     sync_block();  // before the coefficients of the next turn
   }
 }
@@ -337,12 +347,12 @@ __global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
   const int channels = channels_of(call.problem, plan, group);
   const Items items(call.problem, plan, group, rank);
   set_coefficients(call, channel0, channels, coefficients);
-  const LaneCoefficients<C, Items::kLanes> lanes(items, call.problem, channel0, coefficients);
-  ThreadGradSums<Items::kLanes> sums;
+  const BinCoefficients<C, Items::kBins> bins(items, call.problem, channel0, coefficients);
+  ThreadGradSums<Items::kBins> sums;
   const GlobalSource<T, V> x{static_cast<const T*>(call.args.input)};
   const GlobalSource<T, V> dy{static_cast<const T*>(call.args.grad_out)};
-  add_items<T, V, true>(call, items, lanes, 0, items.iterations(), x, dy, sums);
-  settle<T, V>(call, items, lanes.affine, x, dy, sums);
+  add_items<T, V, true>(call, items, bins, 0, items.iterations(), x, dy, sums);
+  settle<T, V>(call, items, bins.affine, x, dy, sums);
   join_threads<GradSums>(sums, items, plan, shared);
   publish<GradSums>(plan, shared, channels,
                     workspace_of<GradSums>(call.workspace, plan, team, rank));
@@ -368,8 +378,8 @@ __global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
     sync_block();
   }
   const Items items(call.problem, plan, group, rank);
-  const LaneCoefficients<C, Items::kLanes> lanes(items, call.problem, channel0, coefficients);
-  apply_backward<T, V>(call, items, lanes,
+  const BinCoefficients<C, Items::kBins> bins(items, call.problem, channel0, coefficients);
+  apply_backward<T, V>(call, items, bins,
                        GlobalSource<T, V>{static_cast<const T*>(call.args.input)},
                        GlobalSource<T, V>{static_cast<const T*>(call.args.grad_out)});
 }

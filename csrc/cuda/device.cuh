@@ -49,10 +49,10 @@ __device__ inline void sync_grid() {
   cooperative_groups::this_grid().sync();
 }
 
-// v of the lane whose number differs in the bits of `lane_bits`; all 32 lanes of a warp call it.
+// v of the thread of this warp whose number differs in the bits of `thread_bits`; all 32 call it.
 template <class T>
-__device__ inline T shuffle_xor(T v, int lane_bits) {
-  return __shfl_xor_sync(0xffffffffu, v, lane_bits);
+__device__ inline T shuffle_xor(T v, int thread_bits) {
+  return __shfl_xor_sync(0xffffffffu, v, thread_bits);
 }
 
 // The dynamic shared memory of this block, 16-byte aligned.

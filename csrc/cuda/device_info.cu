@@ -1,7 +1,7 @@
-// What a GPU has, for the plan. Includes the CUDA runtime.
-#include <cuda_runtime.h>
+// Includes the CUDA runtime.
+#include "device_info.h"
 
-#include "launch.h"
+#include <cuda_runtime.h>
 
 namespace bnext {
 namespace {

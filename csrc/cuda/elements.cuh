@@ -4,9 +4,8 @@
 
 #include <type_traits>
 
-#include "../batch_norm.h"
-#include "../plan.h"
 #include "device.cuh"
+#include "plan.h"
 
 namespace bnext {
 
@@ -82,41 +81,16 @@ struct alignas(sizeof(T) * V) Pack {
 
 __device__ inline double read(ParamIn p, int64_t c, double absent) {
   if (!p) return absent;
-  const int64_t i = c * p.stride;
-  switch (p.dtype) {
-    case DType::kFloat64:
-      return static_cast<const double*>(p.data)[i];
-    case DType::kFloat16:
-      return to_float(static_cast<const float16*>(p.data)[i]);
-    case DType::kBFloat16:
-      return to_float(static_cast<const bfloat16*>(p.data)[i]);
-    default:
-      return static_cast<const float*>(p.data)[i];
-  }
+  return visit_dtype<bfloat16, float16>(p.dtype, [&](auto t) -> double {
+    return to_compute(static_cast<const decltype(t)*>(p.data)[c * p.stride]);
+  });
 }
 
 __device__ inline void write(ParamOut p, int64_t c, double value) {
   if (!p) return;
-  const int64_t i = c * p.stride;
-  switch (p.dtype) {
-    case DType::kFloat64:
-      static_cast<double*>(p.data)[i] = value;
-      break;
-    case DType::kFloat16:
-      static_cast<float16*>(p.data)[i] = from_compute<float16>(value);
-      break;
-    case DType::kBFloat16:
-      static_cast<bfloat16*>(p.data)[i] = from_compute<bfloat16>(value);
-      break;
-    default:
-      static_cast<float*>(p.data)[i] = static_cast<float>(value);
-  }
-}
-
-// What a ReLU passes: NaN too.
-template <class C>
-__device__ inline bool passes_relu(C z) {
-  return !(z <= C(0));
+  visit_dtype<bfloat16, float16>(p.dtype, [&](auto t) {
+    static_cast<decltype(t)*>(p.data)[c * p.stride] = from_compute<decltype(t)>(value);
+  });
 }
 
 // The threads whose items share a byte of the mask lie side by side (see RowItems, ColumnItems).

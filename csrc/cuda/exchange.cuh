@@ -3,7 +3,7 @@
 // shuffled().
 #pragma once
 
-#include "geometry.cuh"
+#include "items.cuh"
 #include "statistics.cuh"
 
 namespace bnext {
@@ -13,8 +13,8 @@ static_assert(sizeof(Moments<double>) <= kPartialBytes && sizeof(GradSums) <= kP
 // The dynamic shared memory of a block, as CudaPlan::shared_bytes counts it.
 struct SharedLayout {
   unsigned char* slabs;  // resident: [operands][items_per_thread][threads] accesses
-  void* scratch;         // [kJoinLanes] partial results
-  void* partials;        // [group_lanes] partial results of this block
+  void* scratch;         // [kJoinBins] partial results
+  void* partials;        // [group_bins] partial results of this block
   void* coefficients;    // [group]
 };
 
@@ -22,39 +22,38 @@ __device__ inline SharedLayout shared_layout(const CudaPlan& plan, int64_t slab_
   const auto aligned = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
   unsigned char* const base = shared_memory();
   unsigned char* const scratch = base + aligned(slab_bytes);
-  unsigned char* const partials = scratch + aligned(kJoinLanes * kPartialBytes);
-  return {base, scratch, partials, partials + aligned(plan.group_lanes() * kPartialBytes)};
+  unsigned char* const partials = scratch + aligned(kJoinBins * kPartialBytes);
+  return {base, scratch, partials, partials + aligned(plan.group_bins() * kPartialBytes)};
 }
 
-// Joins the partial results of a block's threads and leaves them in partials[lane of the group].
-// Threads of one lane fold in rounds of as many as the scratch memory holds.
+// Joins the partial results of a block's threads and leaves them in partials[bin of the group].
+// Threads of one bin fold in rounds of as many as the scratch memory holds.
 template <class P, class Sums, class Items>
 __device__ inline void join_threads(const Sums& thread_sums, const Items& items,
                                     const CudaPlan& plan, const SharedLayout& shared) {
-  constexpr int kLanes = Items::kLanes;
-  P sums[kLanes];
+  constexpr int kBins = Items::kBins;
+  P sums[kBins];
 #pragma unroll
-  for (int v = 0; v < kLanes; ++v) sums[v] = thread_sums.of(v);
+  for (int v = 0; v < kBins; ++v) sums[v] = thread_sums.of(v);
   if constexpr (Items::kWholeWarps)
     for (int d = kWarpThreads / 2; d > 0; d /= 2) sums[0] = join(sums[0], shuffled(sums[0], d));
   P* const scratch = static_cast<P*>(shared.scratch);
   P* const partials = static_cast<P*>(shared.partials);
-  const int row_lanes = items.joining_lanes(), lane = items.first_lane();
-  const int place = items.joining_place(), scratch_rows = static_cast<int>(kJoinLanes) / row_lanes;
+  const int row_bins = items.joining_bins(), bin = items.first_bin();
+  const int place = items.joining_place(), scratch_rows = static_cast<int>(kJoinBins) / row_bins;
   for (int live = items.joining_threads(); live > 1;) {
     const int giving = live / 2 < scratch_rows ? live / 2 : scratch_rows, first = live - giving;
     if (items.joins() && place >= first && place < live)
-      for (int v = 0; v < kLanes; ++v) scratch[(place - first) * row_lanes + lane + v] = sums[v];
+      for (int v = 0; v < kBins; ++v) scratch[(place - first) * row_bins + bin + v] = sums[v];
     sync_block();
     if (items.joins() && place < giving)
-      for (int v = 0; v < kLanes; ++v)
-        sums[v] = join(sums[v], scratch[place * row_lanes + lane + v]);
+      for (int v = 0; v < kBins; ++v) sums[v] = join(sums[v], scratch[place * row_bins + bin + v]);
     sync_block();
     live = first;
   }
   if (items.joins() && place == 0)
-    for (int v = 0; v < kLanes; ++v)
-      if (lane + v < plan.group_lanes()) partials[lane + v] = sums[v];
+    for (int v = 0; v < kBins; ++v)
+      if (bin + v < plan.group_bins()) partials[bin + v] = sums[v];
   sync_block();
 }
 
@@ -76,15 +75,15 @@ __device__ inline void join_entries(const CudaPlan& plan, int channels, int64_t 
   }
 }
 
-// join_entries over the lanes of each channel, of this block.
+// join_entries over the bins of each channel, of this block.
 template <class P, class Finish>
-__device__ inline void join_lanes(const CudaPlan& plan, const SharedLayout& shared, int channels,
-                                  const Finish& finish) {
+__device__ inline void join_bins(const CudaPlan& plan, const SharedLayout& shared, int channels,
+                                 const Finish& finish) {
   const P* const partials = static_cast<const P*>(shared.partials);
-  const int lanes = static_cast<int>(plan.lanes_per_channel);
+  const int bins = static_cast<int>(plan.bins_per_channel);
   join_entries<P>(
-      plan, channels, lanes,
-      [&](int channel, int lane) { return partials[channel * lanes + lane]; }, finish);
+      plan, channels, bins, [&](int channel, int bin) { return partials[channel * bins + bin]; },
+      finish);
 }
 
 // This block's partial results by channel, in shared memory after join_threads: what it tells
@@ -92,9 +91,9 @@ __device__ inline void join_lanes(const CudaPlan& plan, const SharedLayout& shar
 template <class P>
 __device__ inline P* partials_of_channels(const CudaPlan& plan, const SharedLayout& shared,
                                           int channels) {
-  if (plan.lanes_per_channel == 1) return static_cast<P*>(shared.partials);
+  if (plan.bins_per_channel == 1) return static_cast<P*>(shared.partials);
   P* const joined = static_cast<P*>(shared.scratch);
-  join_lanes<P>(plan, shared, channels, [&](int channel, const P& sum) { joined[channel] = sum; });
+  join_bins<P>(plan, shared, channels, [&](int channel, const P& sum) { joined[channel] = sum; });
   sync_block();
   return joined;
 }
@@ -146,7 +145,7 @@ __device__ inline void exchange(const CudaPlan& plan, const SharedLayout& shared
         [&](int channel, int from) { return in_block_of_cluster(own, from)[channel]; }, finish);
     sync_cluster();  // no block leaves, or writes its partials again, while another reads them
   } else {
-    join_lanes<P>(plan, shared, channels, finish);
+    join_bins<P>(plan, shared, channels, finish);
     sync_block();
   }
 }

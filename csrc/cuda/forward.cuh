@@ -7,6 +7,7 @@
 //   apply     alone with frozen statistics, 2E.
 #pragma once
 
+#include "../activation.h"
 #include "exchange.cuh"
 #include "launch.h"
 #include "slab.cuh"
@@ -27,25 +28,41 @@ __device__ inline void count_batch(const ForwardArgs& args) {
     ++*args.num_batches_tracked;
 }
 
-// The affine map of a channel, from its moments; `writes`: and its statistics to global memory.
+// From statistics to what outlives the call.
+__device__ inline void save_statistics(const ForwardCall& call, int64_t c, double mean,
+                                       double invstd) {
+  call.args.save_stats[c] = mean;
+  call.args.save_stats[call.problem.c + c] = invstd;
+}
+__device__ inline void update_running(const ForwardArgs& args, int64_t c,
+                                      const Moments<double>& m) {
+  const double factor = averaging_factor(args);
+  const auto update = [&](ParamOut running, double value) {
+    if (!running) return;
+    const double old = read(ParamIn{running.data, running.stride, running.dtype}, c, 0);
+    write(running, c, (1 - factor) * old + factor * value);
+  };
+  update(args.running_mean, m.mean);
+  update(args.running_var, m.m2 / (m.count - 1));  // unbiased
+}
+
+// From statistics to the coefficients of a channel.
+template <class C>
+__device__ inline Affine<C> affine_of(const ForwardArgs& args, int64_t c, double mean,
+                                      double invstd) {
+  return make_affine<C>(mean, invstd, read(args.weight, c, 1), read(args.bias, c, 0));
+}
+
+// All of it; `writes`: one block of a team writes to global memory.
 template <class C>
 __device__ inline Affine<C> finish_forward(const ForwardCall& call, int64_t c,
                                            const Moments<double>& m, bool writes) {
-  const ForwardArgs& args = call.args;
-  const double invstd = inverse_std(m.m2 / m.count, args.eps);
+  const double invstd = inverse_std(m.m2 / m.count, call.args.eps);
   if (writes) {
-    args.save_stats[c] = m.mean;
-    args.save_stats[call.problem.c + c] = invstd;
-    const double factor = averaging_factor(args);
-    const auto update = [&](ParamOut running, double value) {
-      if (!running) return;
-      const double old = read(ParamIn{running.data, running.stride, running.dtype}, c, 0);
-      write(running, c, (1 - factor) * old + factor * value);
-    };
-    update(args.running_mean, m.mean);
-    update(args.running_var, m.m2 / (m.count - 1));  // unbiased
+    save_statistics(call, c, m.mean, invstd);
+    update_running(call.args, c, m);
   }
-  return make_affine<C>(m.mean, invstd, read(args.weight, c, 1), read(args.bias, c, 0));
+  return affine_of<C>(call.args, c, m.mean, invstd);
 }
 
 // y = act(x * scale + shift + residual) of a thread's items, last items first: what a reduction
@@ -57,11 +74,11 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
   using C = compute_t<T>;
   const ForwardArgs& args = call.args;
   const T* const residual = static_cast<const T*>(args.residual);
-  Affine<C> affine[Items::kLanes];
+  Affine<C> affine[Items::kBins];
 #pragma unroll
-  for (int lane = 0; lane < Items::kLanes; ++lane)
-    if (items.channel(lane) < call.problem.c)
-      affine[lane] = coefficients[items.channel(lane) - channel0];
+  for (int bin = 0; bin < Items::kBins; ++bin)
+    if (items.channel(bin) < call.problem.c)
+      affine[bin] = coefficients[items.channel(bin) - channel0];
   constexpr int kItems = Source::kItems;
   Item item = items.at(items.iterations() - 1);
 #pragma unroll 1
@@ -87,12 +104,12 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
         Pack<T, V> y;
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          C value = apply(affine[v % Items::kLanes], x[i].get(v));
+          C value = apply(affine[v % Items::kBins], x[i].get(v));
           if (residual) value = value + z[i].get(v);
-          if (call.problem.relu) {
-            const bool passes = passes_relu(value);
-            bits |= static_cast<unsigned>(passes) << v;
-            value = passes ? value : C(0);
+          if (call.problem.act == Act::kRelu) {
+            const bool passed = passes(value);
+            bits |= static_cast<unsigned>(passed) << v;
+            value = activate<Act::kRelu>(passed, value);
           }
           y.set(v, value);
         }
@@ -108,10 +125,10 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
   }
 }
 
-// Adds items [first, last) of a thread to the moments of its lanes.
+// Adds items [first, last) of a thread to the moments of its bins.
 template <class T, int V, class Items, class Source>
 __device__ inline void add_items(const Items& items, int first, int last, const Source& source,
-                                 ThreadMoments<Items::kLanes>& sums) {
+                                 ThreadMoments<Items::kBins>& sums) {
   constexpr int kItems = 2 * Source::kItems;
   Item item = items.at(first);
 #pragma unroll 1
@@ -127,14 +144,14 @@ __device__ inline void add_items(const Items& items, int first, int last, const 
   }
 }
 
-// Sums the lanes that did not fit in floats again, in double.
+// Sums the bins that did not fit in floats again, in double.
 template <class T, int V, class Items, class Source>
 __device__ inline void settle(const Items& items, const Source& source,
-                              ThreadMoments<Items::kLanes>& sums) {
+                              ThreadMoments<Items::kBins>& sums) {
   if constexpr (sizeof(compute_t<T>) < sizeof(double)) {
 #pragma unroll
-    for (int lane = 0; lane < Items::kLanes; ++lane)
-      if (sums.unfit >> lane & 1) {
+    for (int bin = 0; bin < Items::kBins; ++bin)
+      if (sums.unfit >> bin & 1) {
         bool fits;
         const Moments<double> m = two_pass<double>(
             static_cast<int>(sums.count),
@@ -145,12 +162,12 @@ __device__ inline void settle(const Items& items, const Source& source,
                 if (!items.valid(item)) continue;
                 const Pack<T, V> x = source(k, items.offset(item));
 #pragma unroll
-                for (int v = lane; v < V; v += Items::kLanes) f(x.get(v));
+                for (int v = bin; v < V; v += Items::kBins) f(x.get(v));
               }
             },
             fits);
-        sums.mean[lane] = m.mean;
-        sums.m2[lane] = m.m2;
+        sums.mean[bin] = m.mean;
+        sums.m2[bin] = m.m2;
       }
   }
 }
@@ -171,7 +188,7 @@ __global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
   for (int64_t turn = 0; turn * plan.teams < plan.groups; ++turn) {
     const int64_t group = turn * plan.teams + team, channel0 = group * plan.group;
     const Items items(call.problem, plan, group, rank);
-    ThreadMoments<Items::kLanes> sums;
+    ThreadMoments<Items::kBins> sums;
     const SharedSource<T, V> source{slab};
     load_and_reduce<T, V, 1>(
         items, {static_cast<const T*>(call.args.input)}, {slab},
@@ -198,7 +215,7 @@ __global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
   if (call.first_group == 0) count_batch(call.args);
   const int64_t group = call.first_group + team;
   const Items items(call.problem, plan, group, rank);
-  ThreadMoments<Items::kLanes> sums;
+  ThreadMoments<Items::kBins> sums;
   const GlobalSource<T, V> source{static_cast<const T*>(call.args.input)};
   add_items<T, V>(items, 0, items.iterations(), source, sums);
   settle<T, V>(items, source, sums);
@@ -227,9 +244,8 @@ __global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
   } else {
     for (int i = static_cast<int>(threadIdx.x); i < channels; i += plan.threads) {
       const int64_t c = channel0 + i;
-      coefficients[i] = make_affine<C>(read(args.frozen_mean, c, 0),
-                                       inverse_std(read(args.frozen_var, c, 1), args.eps),
-                                       read(args.weight, c, 1), read(args.bias, c, 0));
+      coefficients[i] = affine_of<C>(args, c, read(args.frozen_mean, c, 0),
+                                     inverse_std(read(args.frozen_var, c, 1), args.eps));
     }
   }
   sync_block();

@@ -4,7 +4,6 @@
 
 #include <type_traits>
 
-#include "../plan.h"
 #include "device.cuh"
 #include "launch.h"
 
@@ -50,11 +49,12 @@ inline cudaError_t for_each_range(const CudaPlan& plan, const F& f) {
   return error;
 }
 
+// For elements of T.
 template <class T>
-cudaError_t launch_forward_as(const CudaPlan& plan, const Problem& problem, const ForwardArgs& args,
-                              void* workspace, void* stream);
+cudaError_t launch_as(const CudaPlan& plan, const Problem& problem, const ForwardArgs& args,
+                      void* workspace, void* stream);
 template <class T>
-cudaError_t launch_backward_as(const CudaPlan& plan, const Problem& problem,
-                               const BackwardArgs& args, void* workspace, void* stream);
+cudaError_t launch_as(const CudaPlan& plan, const Problem& problem, const BackwardArgs& args,
+                      void* workspace, void* stream);
 
 }  // namespace bnext

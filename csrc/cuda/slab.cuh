@@ -4,7 +4,7 @@
 // neighbouring banks, and no barrier is needed between a thread's copy and its reading.
 #pragma once
 
-#include "geometry.cuh"
+#include "items.cuh"
 
 namespace bnext {
 

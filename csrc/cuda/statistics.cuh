@@ -1,10 +1,10 @@
 // A thread's sums over its items: tiles in registers, joined in double. Floats over- and underflow
-// where their squares do (1e19, 1e-19): such a lane is summed again in double, once all is there,
-// so that what is rare takes no registers from what is not.
+// where their squares do (1e19, 1e-19): such a bin is summed again in double, once all is there,
+// so the rare path costs the common one no registers.
 #pragma once
 
-#include "../epilogue.h"
-#include "../welford.h"
+#include "../formulas.h"
+#include "../moments.h"
 #include "elements.cuh"
 
 namespace bnext {
@@ -30,39 +30,35 @@ __device__ inline Moments<double> join(const Moments<double>& a, const Moments<d
   return a.count == 0 ? b : b.count == 0 ? a : combine(a, b);
 }
 
-// sum(dy) and sum(dy * (x - mean)) with the mean rounded to the compute type.
-struct GradSums {
-  double dy, dy_xmu;
-};
-
-template <int kLanes>
+// GradSums with the mean rounded to the compute type.
+template <int kBins>
 struct ThreadGradSums {
-  GradSums lanes[kLanes] = {};
-  unsigned unfit = 0;  // lanes of which a float sum over- or underflowed
+  GradSums bins[kBins] = {};
+  unsigned unfit = 0;  // bins of which a float sum over- or underflowed
 
-  __device__ const GradSums& of(int lane) const { return lanes[lane]; }
+  __device__ const GradSums& of(int bin) const { return bins[bin]; }
 };
 
 __device__ inline GradSums join(const GradSums& a, const GradSums& b) {
   return {a.dy + b.dy, a.dy_xmu + b.dy_xmu};
 }
 
-__device__ inline Moments<double> shuffled(const Moments<double>& m, int lane_bits) {
-  return {shuffle_xor(m.count, lane_bits), shuffle_xor(m.mean, lane_bits),
-          shuffle_xor(m.m2, lane_bits)};
+__device__ inline Moments<double> shuffled(const Moments<double>& m, int thread_bits) {
+  return {shuffle_xor(m.count, thread_bits), shuffle_xor(m.mean, thread_bits),
+          shuffle_xor(m.m2, thread_bits)};
 }
-__device__ inline GradSums shuffled(const GradSums& s, int lane_bits) {
-  return {shuffle_xor(s.dy, lane_bits), shuffle_xor(s.dy_xmu, lane_bits)};
+__device__ inline GradSums shuffled(const GradSums& s, int thread_bits) {
+  return {shuffle_xor(s.dy, thread_bits), shuffle_xor(s.dy_xmu, thread_bits)};
 }
 
-// The moments of a thread's lanes, of as many values each.
-template <int kLanes>
+// The moments of a thread's bins, of as many values each.
+template <int kBins>
 struct ThreadMoments {
   double count = 0;
-  double mean[kLanes] = {}, m2[kLanes] = {};
-  unsigned unfit = 0;  // lanes of which a float sum over- or underflowed
+  double mean[kBins] = {}, m2[kBins] = {};
+  unsigned unfit = 0;  // bins of which a float sum over- or underflowed
 
-  __device__ Moments<double> of(int lane) const { return {count, mean[lane], m2[lane]}; }
+  __device__ Moments<double> of(int bin) const { return {count, mean[bin], m2[bin]}; }
 };
 
 // Moments of the values for which `for_each` calls its argument: two passes, in accumulators of A.
@@ -90,33 +86,33 @@ __device__ inline Moments<double> two_pass(int count, const ForEach& for_each, b
           static_cast<double>(fma(-error * n, error, squares))};
 }
 
-// Adds a tile to the moments of a thread's lanes: one for all elements, or one for each of V.
-template <class T, int V, int kItems, int kLanes>
-__device__ inline void add_tile(ThreadMoments<kLanes>& sums, const Tile<T, V, kItems>& tile) {
+// Adds a tile to the moments of a thread's bins: one for all elements, or one for each of V.
+template <class T, int V, int kItems, int kBins>
+__device__ inline void add_tile(ThreadMoments<kBins>& sums, const Tile<T, V, kItems>& tile) {
   int items = 0;
 #pragma unroll
   for (int i = 0; i < tile.kItems; ++i) items += tile.valid[i];
   if (items == 0) return;
 #pragma unroll
-  for (int lane = 0; lane < kLanes; ++lane) {
+  for (int bin = 0; bin < kBins; ++bin) {
     bool fits;
     Moments<double> m = two_pass<compute_t<T>>(
-        items * (V / kLanes),
+        items * (V / kBins),
         [&](const auto& f) {
 #pragma unroll
           for (int i = 0; i < tile.kItems; ++i)
             if (tile.valid[i]) {
 #pragma unroll
-              for (int v = lane; v < V; v += kLanes) f(tile.x[i].get(v));
+              for (int v = bin; v < V; v += kBins) f(tile.x[i].get(v));
             }
         },
         fits);
-    sums.unfit |= static_cast<unsigned>(!fits) << lane;
-    m = join({sums.count, sums.mean[lane], sums.m2[lane]}, m);
-    sums.mean[lane] = m.mean;
-    sums.m2[lane] = m.m2;
+    sums.unfit |= static_cast<unsigned>(!fits) << bin;
+    m = join({sums.count, sums.mean[bin], sums.m2[bin]}, m);
+    sums.mean[bin] = m.mean;
+    sums.m2[bin] = m.m2;
   }
-  sums.count += items * (V / kLanes);
+  sums.count += items * (V / kBins);
 }
 
 }  // namespace bnext

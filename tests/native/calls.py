@@ -18,7 +18,7 @@ BLOCK, CLUSTER, GRID, STREAM = range(4)
 
 
 class Fields(ctypes.Structure):
-    """A struct of csrc/batch_norm.h or csrc/plan.h."""
+    """A struct of csrc/problem.h or csrc/cuda/plan.h."""
 
     def __repr__(self) -> str:
         return str({name: getattr(self, name) for name, _ in self._fields_})
@@ -27,9 +27,9 @@ class Fields(ctypes.Structure):
 class Problem(Fields):
     _fields_ = [
         ("stage", c_uint8), ("n", c_int64), ("c", c_int64), ("hw", c_int64),
-        ("channels_last", c_bool), ("dtype", c_uint8), ("relu", c_bool), ("residual", c_bool),
+        ("channels_last", c_bool), ("dtype", c_uint8), ("act", c_uint8), ("residual", c_bool),
         ("has_mask", c_bool), ("need_input", c_bool), ("need_params", c_bool),
-        ("alignment", c_int),
+        ("need_residual", c_bool), ("alignment", c_int),
     ]  # fmt: skip
 
 
@@ -44,7 +44,7 @@ class CudaPlan(Fields):
     _fields_ = [
         ("family", c_uint8), ("map", c_uint8), ("team", c_uint8), ("vector", c_int),
         ("threads", c_int), *((name, c_int64) for name in (
-            "lanes_per_channel", "rows", "segments", "segment_width", "group", "groups",
+            "bins_per_channel", "rows", "segments", "segment_width", "group", "groups",
             "columns", "team_blocks", "teams", "rows_per_block", "items_per_thread",
             "groups_per_launch", "launches", "shared_bytes", "workspace_bytes", "bytes_moved",
             "bytes_floor",
@@ -104,9 +104,12 @@ def problem(x: Tensor, stage: str, **fields) -> Problem:
     n, c = x.shape[:2]
     p = Problem(
         STAGES.index(stage), n, c, math.prod(x.shape[2:]), is_channels_last(x),
-        DTYPES.index(x.dtype), False, False, False, True, True, 16,
+        DTYPES.index(x.dtype), 0, False, False, True, True, False, 16,
     )  # fmt: skip
-    fields.setdefault("has_mask", fields.get("relu", False) and fields.get("residual", False))
+    fields["act"] = int(fields.pop("relu", False))  # as Act
+    fields.setdefault("has_mask", bool(fields["act"]) and fields.get("residual", False))
+    if "backward" in stage:
+        fields["need_residual"] = fields.pop("residual", False)
     for name, value in fields.items():
         setattr(p, name, value)
     return p
@@ -198,7 +201,7 @@ def backward(e: Emulator, plan: CudaPlan, p: Problem, grad_out: Tensor, x: Tenso
     c, dtype = p.c, torch.float32 if weight is None else weight.dtype
     out = Backward(
         torch.empty_like(x) if p.need_input else None,
-        torch.empty_like(x) if p.residual else None,
+        torch.empty_like(x) if p.need_residual else None,
         torch.empty(c, dtype=dtype) if p.need_params else None,
         torch.empty(c, dtype=dtype) if p.need_params else None,
     )

@@ -5,21 +5,23 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import ninja
 
+import setup
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CSRC = ROOT / "csrc"
-HOST = [HERE / "harness.cpp", CSRC / "plan_cuda.cpp", CSRC / "plan_text.cpp"]
+HOST = [HERE / "harness.cpp", CSRC / "cuda" / "plan.cpp"]
 EMULATOR = [HERE / f"{name}.cpp" for name in ("emulation", "fiber", "memory", "api")]
 
 COMMON = ["-std=c++20", "-g1", "-fPIC", "-ffp-contract=off", "-fno-strict-aliasing",
           "-fvisibility-inlines-hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
           f"-I{HERE}"]  # fmt: skip
-# Warnings of kernels are nvcc's to give: gcc does not see which lanes have a channel.
+# Warnings of kernels are nvcc's to give: gcc does not see which bins have a channel.
 KERNELS = ["-w"]
 # variant -> (flags of everything, flags of kernels alone)
 VARIANTS = {
@@ -30,7 +32,8 @@ VARIANTS = {
 }
 
 
-def build(name: str, variant: str, sources: list[Path], kernels: list[Path]) -> Path:
+def build(name: str, variant: str, sources: list[Path], kernels: list[Path],
+          types: Collection[str] = setup.CUDA_TYPES) -> Path:  # fmt: skip
     """Brings build/native/<variant>/<name>.so up to date; returns its path."""
     folder = ROOT / "build" / "native" / variant
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,10 +49,17 @@ def build(name: str, variant: str, sources: list[Path], kernels: list[Path]) -> 
         f"  command = $cxx {shlex.join(common)} -shared -Wl,-z,defs $in -o $out",
     ]
     objects = []
-    for source in EMULATOR + sources + kernels:
-        objects.append(f"{name}-{source.stem}.o")
-        more = KERNELS + instrumented if source in kernels else []
-        lines += [f"build {objects[-1]}: compile {source}", f"  more = {shlex.join(more)}"]
+
+    def compile_file(source: Path, suffix: str, flags: list[str]) -> None:
+        objects.append(f"{name}-{source.stem}{suffix}.o")
+        lines.extend([f"build {objects[-1]}: compile {source}", f"  more = {shlex.join(flags)}"])
+
+    for source in EMULATOR + sources:
+        compile_file(source, "", [])
+    for source in kernels:
+        for suffix, flag in setup.cuda_variants(source).items():
+            if suffix[1:] in ("", *types):
+                compile_file(source, suffix, [*KERNELS, *instrumented, *flag.split()])
     lines.append(f"build {name}.so: link {' '.join(objects)}")
     file = folder / f"{name}.ninja"
     text = "\n".join(lines) + "\n"
@@ -134,6 +144,6 @@ def kernels_with_defects(variant: str, change: Callable[[str, str], str]) -> Emu
         if not target.exists() or target.read_text() != text:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(text)
-    files = [copy / "cuda" / f"launch{name}.cu" for name in
-             ("", "_forward_float32", "_backward_float32")]  # fmt: skip
-    return Emulator(build("defects", variant, [*HOST, HERE / "other_dtypes.cpp"], files))
+    sources = [*HOST, HERE / "other_dtypes.cpp"]
+    files = sorted(copy.glob("cuda/launch*.cu"))
+    return Emulator(build("defects", variant, sources, files, ["float"]))

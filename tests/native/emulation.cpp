@@ -4,7 +4,7 @@
 #include <random>
 #include <set>
 
-#include "../../csrc/plan.h"
+#include "../../csrc/cuda/plan.h"
 #include "machine.h"
 
 Index3 threadIdx, blockIdx, blockDim, gridDim;
@@ -264,9 +264,8 @@ void sync(Scope scope, Where where) {
     if (scope == Scope::kWarp) {
       uint64_t values[kWarp];
       Thread* const warp = &b.threads[static_cast<size_t>(t.index / kWarp * kWarp)];
-      for (int lane = 0; lane < kWarp; ++lane)
-        values[lane] = warp[lane ^ warp[lane].lane_bits].value;
-      for (int lane = 0; lane < kWarp; ++lane) warp[lane].value = values[lane];
+      for (int i = 0; i < kWarp; ++i) values[i] = warp[i ^ warp[i].thread_bits].value;
+      for (int i = 0; i < kWarp; ++i) warp[i].value = values[i];
     }
     for (Thread* other : barrier.waiting) {
       ++other->passed[i];
@@ -277,10 +276,10 @@ void sync(Scope scope, Where where) {
   switch_to_scheduler();
 }
 
-uint64_t shuffle_xor(uint64_t bits, int lane_bits, Where where) {
-  if (lane_bits < 0 || lane_bits >= kWarp) fail("shuffles with no such lane", where);
+uint64_t shuffle_xor(uint64_t bits, int thread_bits, Where where) {
+  if (thread_bits < 0 || thread_bits >= kWarp) fail("shuffles with no such thread", where);
   running->value = bits;
-  running->lane_bits = lane_bits;
+  running->thread_bits = thread_bits;
   sync(Scope::kWarp, where);
   return running->value;
 }

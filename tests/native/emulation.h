@@ -54,7 +54,7 @@ using Where = std::source_location;
 enum class Scope { kWarp, kBlock, kCluster, kGrid };
 
 void sync(Scope scope, Where where);
-uint64_t shuffle_xor(uint64_t bits, int lane_bits, Where where);
+uint64_t shuffle_xor(uint64_t bits, int thread_bits, Where where);
 unsigned char* shared_memory();
 void* in_block_of_cluster(void* shared, int rank, Where where);
 void copy_async(void* shared, const void* global, int bytes, Where where);
@@ -135,11 +135,11 @@ inline void sync_grid(emulation::Where where = emulation::Where::current()) {
 }
 
 template <class T>
-inline T shuffle_xor(T v, int lane_bits, emulation::Where where = emulation::Where::current()) {
+inline T shuffle_xor(T v, int thread_bits, emulation::Where where = emulation::Where::current()) {
   static_assert(std::is_arithmetic_v<T> && sizeof(T) <= 8);
   uint64_t bits = 0;
   std::memcpy(&bits, &v, sizeof v);
-  bits = emulation::shuffle_xor(bits, lane_bits, where);
+  bits = emulation::shuffle_xor(bits, thread_bits, where);
   std::memcpy(&v, &bits, sizeof v);
   return v;
 }

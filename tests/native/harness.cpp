@@ -90,7 +90,7 @@ int bnext_forward(const CudaPlan* plan, const Problem* problem, const ForwardArg
                                         Kind::kState, "num_batches_tracked");
   a.save_stats = on.statistics(a.save_stats, Kind::kOutput);
   void* const workspace = on.memory.scratch(plan->workspace_bytes);
-  return finish(on.memory, launch_forward(*plan, *problem, a, workspace, nullptr));
+  return finish(on.memory, launch(*plan, *problem, a, workspace, nullptr));
 }
 
 int bnext_count(int64_t* num_batches_tracked) {
@@ -118,6 +118,6 @@ int bnext_backward(const CudaPlan* plan, const Problem* problem, const BackwardA
   a.grad_weight = on.vector(a.grad_weight, Kind::kOutput, "grad_weight");
   a.grad_bias = on.vector(a.grad_bias, Kind::kOutput, "grad_bias");
   void* const workspace = on.memory.scratch(plan->workspace_bytes);
-  return finish(on.memory, launch_backward(*plan, *problem, a, workspace, nullptr));
+  return finish(on.memory, launch(*plan, *problem, a, workspace, nullptr));
 }
 }

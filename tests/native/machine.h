@@ -2,8 +2,9 @@
 // names block and thread.
 //
 // Always checked: the shape of a launch; barriers that some threads of their scope never reach, or
-// reach at another place; shuffles without all 32 lanes; alignment; shared memory of a block that
-// has exited. Shared memory starts as NaNs, and asynchronous copies land at random moments.
+// reach at another place; shuffles without all 32 threads of a warp; alignment; shared memory of a
+// block that has exited. Shared memory starts as NaNs, and asynchronous copies land at random
+// moments.
 //
 // Where the kernels are compiled with -fsanitize=thread (whose calls memory.cpp answers in place of
 // ThreadSanitizer's library, which knows no clusters and no copies), every access is checked too,
@@ -63,7 +64,7 @@ struct Thread {
   const char* waits = nullptr;  // for what
   Where where;
   uint64_t priority = 0, value = 0;
-  int lane_bits = 0;
+  int thread_bits = 0;
   std::vector<Copy> copies;
   int batch = 0;  // batches of copies committed
 };

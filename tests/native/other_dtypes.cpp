@@ -4,19 +4,19 @@
 namespace bnext {
 
 template <class T>
-cudaError_t launch_forward_as(const CudaPlan&, const Problem&, const ForwardArgs&, void*, void*) {
+cudaError_t launch_as(const CudaPlan&, const Problem&, const ForwardArgs&, void*, void*) {
   return cudaErrorInvalidValue;
 }
 template <class T>
-cudaError_t launch_backward_as(const CudaPlan&, const Problem&, const BackwardArgs&, void*, void*) {
+cudaError_t launch_as(const CudaPlan&, const Problem&, const BackwardArgs&, void*, void*) {
   return cudaErrorInvalidValue;
 }
 
-#define BNEXT_NO_KERNELS(T)                                                                        \
-  template cudaError_t launch_forward_as<T>(const CudaPlan&, const Problem&, const ForwardArgs&,   \
-                                            void*, void*);                                         \
-  template cudaError_t launch_backward_as<T>(const CudaPlan&, const Problem&, const BackwardArgs&, \
-                                             void*, void*);
+#define BNEXT_NO_KERNELS(T)                                                                      \
+  template cudaError_t launch_as<T>(const CudaPlan&, const Problem&, const ForwardArgs&, void*,  \
+                                    void*);                                                      \
+  template cudaError_t launch_as<T>(const CudaPlan&, const Problem&, const BackwardArgs&, void*, \
+                                    void*);
 BNEXT_NO_KERNELS(double)
 BNEXT_NO_KERNELS(bfloat16)
 BNEXT_NO_KERNELS(float16)

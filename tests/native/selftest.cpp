@@ -58,9 +58,9 @@ __device__ inline float warp_sum(float v) {
 
 // The sum of v over the block, in `scratch` of one float per warp; right in thread 0.
 __device__ inline float block_sum(float v, float* scratch, int defect) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int place = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   v = warp_sum(v);
-  if (lane == 0) scratch[warp] = v;
+  if (place == 0) scratch[warp] = v;
   if (defect == kDivergentBarrier && warp == 1)
     sync_block();
   else if (defect != kNoBarrier)

@@ -18,12 +18,16 @@ import bnext
 import setup
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+OBJECTS = {
+    file.stem + variant: (file, flags)
+    for file in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    for variant, flags in setup.cuda_variants(file).items()
+}
 ARCHS = ["sm_80", "sm_90a", "sm_100"]
 FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-cubin", "-Xptxas", "-v",
          "-Werror", "all-warnings"]  # fmt: skip
-# An SM's 65536 among the threads of a block (max_cuda_threads in csrc/plan.h), by the lanes whose
-# sums a thread keeps.
+# An SM's 65536 among the threads of a block (max_cuda_threads in csrc/cuda/plan.h), by the bins
+# whose sums a thread keeps.
 MAX_REGISTERS = {1: 128, 4: 168, 8: 255}
 # All shared memory is dynamic, the plan counts it.
 MAX_STATIC_SHARED_BYTES = 0
@@ -40,7 +44,7 @@ class Usage:
     registers: int
     shared_bytes: int
 
-    def lanes(self) -> int:
+    def bins(self) -> int:
         columns = re.search(r"<\w+, (?:\(int\))?(\d), \(bnext::IndexMap\)1>", self.kernel)
         return int(columns[1]) if columns else 1
 
@@ -63,14 +67,14 @@ def logs() -> Path:
     flags = shlex.join(FLAGS + setup.host_compiler())
     lines = [
         "rule nvcc",
-        f"  command = {nvcc()} {flags} -arch=$arch -MD -MF $out.d $in "
+        f"  command = {nvcc()} {flags} $more -arch=$arch -MD -MF $out.d $in "
         "-o $out > $out.log 2>&1 || { cat $out.log; exit 1; }",
         "  depfile = $out.d",
         "  deps = gcc",
     ]
     for arch in ARCHS:
-        for file in FILES:
-            lines += [f"build {file.stem}.{arch}: nvcc {file}", f"  arch = {arch}"]
+        for name, (file, more) in OBJECTS.items():
+            lines += [f"build {name}.{arch}: nvcc {file}", f"  arch = {arch}", f"  more = {more}"]
     (folder / "build.ninja").write_text("\n".join(lines) + "\n")
     command = [Path(ninja.BIN_DIR) / "ninja", "-C", folder, "-k", "0", "-j", setup.max_jobs()]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -93,14 +97,14 @@ def usages(log: str) -> list[Usage]:
     return found
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda f: f.stem)
+@pytest.mark.parametrize("name", OBJECTS)
 @pytest.mark.parametrize("arch", ARCHS)
-def test_resources(logs, file, arch) -> None:
-    kernels = usages((logs / f"{file.stem}.{arch}.log").read_text())
+def test_resources(logs, name, arch) -> None:
+    kernels = usages((logs / f"{name}.{arch}.log").read_text())
     assert kernels
     over = [
         k for k in kernels
-        if k.registers > MAX_REGISTERS[k.lanes()] or k.shared_bytes > MAX_STATIC_SHARED_BYTES
+        if k.registers > MAX_REGISTERS[k.bins()] or k.shared_bytes > MAX_STATIC_SHARED_BYTES
         or max(k.spill_stores, k.spill_loads) > MAX_SPILL_BYTES
     ]  # fmt: skip
     assert not over, "\n".join(map(str, over))

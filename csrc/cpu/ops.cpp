@@ -1,7 +1,7 @@
 // The CPU ops: how a checked call runs. Includes the LibTorch stable ABI.
 #include <torch/csrc/stable/library.h>
 
-#include "../call.h"
+#include "../ops.h"
 #include "cpu_info.h"
 #include "hugepages.h"
 #include "schedule.h"
@@ -16,11 +16,10 @@ void with_schedule(const Problem& problem, F f) {
   };
   const int threads = static_cast<int>(torch::stable::get_num_threads());
   const CpuPlan plan = plan_cpu(problem, cpu_info(threads));
-  const Kernels& table = kernels(plan.isa, problem.dtype);
   if (problem.dtype == DType::kFloat64)
-    f(Schedule<double, decltype(parallel)>(plan, problem, table, parallel));
+    f(Schedule<double, decltype(parallel)>(plan, problem, parallel));
   else
-    f(Schedule<float, decltype(parallel)>(plan, problem, table, parallel));
+    f(Schedule<float, decltype(parallel)>(plan, problem, parallel));
 }
 
 struct Cpu {
@@ -38,6 +37,9 @@ struct Cpu {
   static void run(const BackwardArgs& args, const Input& x) {
     with_schedule(x.problem, [&](auto schedule) { schedule.backward(args); });
   }
+  static void run(const DoubleBackwardArgs& args, const Input& x) {
+    with_schedule(x.problem, [&](auto schedule) { schedule.double_backward(args); });
+  }
   static void count(int64_t* num_batches_tracked, const Input&) { ++*num_batches_tracked; }
 };
 
@@ -48,4 +50,6 @@ STABLE_TORCH_LIBRARY_IMPL(bnext, CPU, m) {
   m.impl("batch_norm_train", TORCH_BOX(&bnext::Ops<bnext::Cpu>::batch_norm_train));
   m.impl("batch_norm_inference", TORCH_BOX(&bnext::Ops<bnext::Cpu>::batch_norm_inference));
   m.impl("batch_norm_backward", TORCH_BOX(&bnext::Ops<bnext::Cpu>::batch_norm_backward));
+  m.impl("batch_norm_double_backward",
+         TORCH_BOX(&bnext::Ops<bnext::Cpu>::batch_norm_double_backward));
 }

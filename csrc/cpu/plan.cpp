@@ -4,8 +4,6 @@
 
 #include <algorithm>
 
-#include "division.h"
-
 namespace bnext {
 namespace {
 
@@ -15,10 +13,10 @@ constexpr int64_t kChunkElements = 4096;
 // joining.
 constexpr int64_t kChunkRows = 256;
 // Blocks of columns and pieces of rows are multiples of this: whole vectors, whole bytes of a mask.
-constexpr int64_t kTileLanes = 64;
+constexpr int64_t kTileUnit = 64;
 // Below this, a run of adjacent elements fills too few vectors and is taken as columns.
 constexpr int64_t kMinRowWidth = 16;
-// Partial results per call, over all lanes: 16 B each, far below any L2.
+// Partial results per call, over all bins: 16 B each, far below any L2.
 constexpr int64_t kMaxPartials = 4096;
 constexpr int64_t kMaxSlices = 256;
 // A resident task aims at this much memory: enough to stream, small enough to balance threads.
@@ -43,41 +41,39 @@ CpuPlan plan_cpu(const Problem& p, const CpuInfo& cpu) {
   const bool short_rows = !p.channels_last && p.hw < kMinRowWidth && !p.has_mask;
   const bool columns = p.channels_last || short_rows;
   plan.map = columns ? IndexMap::kColumns : IndexMap::kRows;
-  plan.lanes_per_channel = short_rows ? p.hw : 1;
-  plan.lanes = p.c * plan.lanes_per_channel;
+  plan.bins_per_channel = short_rows ? p.hw : 1;
+  plan.bins = p.c * plan.bins_per_channel;
   plan.rows = p.channels_last ? p.n * p.hw : p.n;
-  plan.row_stride = columns ? plan.lanes : p.c * p.hw;
+  plan.row_stride = columns ? plan.bins : p.c * p.hw;
   plan.width = columns ? 1 : p.hw;
 
   plan.segments = columns ? 1 : ceil_div(p.hw, kChunkElements);
   plan.segment_width =
-      round_up(ceil_div(plan.width, plan.segments), plan.segments > 1 ? kTileLanes : 1);
+      round_up(ceil_div(plan.width, plan.segments), plan.segments > 1 ? kTileUnit : 1);
   plan.chunk_rows = columns ? kChunkRows : std::max<int64_t>(1, kChunkElements / plan.width);
   plan.chunks = ceil_div(plan.rows, plan.chunk_rows) * plan.segments;
-  plan.slices =
-      std::min(plan.chunks, std::clamp<int64_t>(kMaxPartials / plan.lanes, 1, kMaxSlices));
+  plan.slices = std::min(plan.chunks, std::clamp<int64_t>(kMaxPartials / plan.bins, 1, kMaxSlices));
 
   const int64_t element_bytes = element_size(p.dtype);
-  const int64_t operands = is_backward(p.stage) ? 2 : 1;  // tensors that both passes read
-  const int64_t lane_bytes = plan.rows * plan.width * element_bytes * operands;
+  const int64_t bin_bytes = plan.rows * plan.width * element_bytes * operands(p.stage);
   // Columns stream: a slab of some columns is scattered over all rows, and reading it once took 1.6
   // times as long as reading whole rows twice (ResNet-50's shapes, N = 32, float32: 3.1 copies
   // against 1.9).
   const bool resident =
-      !columns && p.applies() && p.c >= cpu.threads && lane_bytes <= resident_bytes(cpu);
+      !columns && p.applies() && p.c >= cpu.threads && bin_bytes <= resident_bytes(cpu);
   plan.family = !is_training(p.stage) ? Family::kElementwise
                 : resident            ? Family::kResident
                                       : Family::kStreaming;
   if (plan.family == Family::kResident) {
     const int64_t blocks =
-        std::max<int64_t>({1, kTasksPerThread * cpu.threads, lane_bytes * plan.lanes / kTaskBytes});
-    plan.block = ceil_div(plan.lanes, blocks);
-    plan.tasks = ceil_div(plan.lanes, plan.block);
+        std::max<int64_t>({1, kTasksPerThread * cpu.threads, bin_bytes * plan.bins / kTaskBytes});
+    plan.block = ceil_div(plan.bins, blocks);
+    plan.tasks = ceil_div(plan.bins, plan.block);
   } else {
     const int64_t blocks = ceil_div(kTasksPerThread * cpu.threads, plan.slices);
     plan.block =
-        std::min(plan.lanes, round_up(ceil_div(plan.lanes, blocks), columns ? kTileLanes : 1));
-    plan.tasks = ceil_div(plan.lanes, plan.block) * plan.slices;
+        std::min(plan.bins, round_up(ceil_div(plan.bins, blocks), columns ? kTileUnit : 1));
+    plan.tasks = ceil_div(plan.bins, plan.block) * plan.slices;
   }
   plan.grain =
       std::max<int64_t>(1, kMinThreadElements / std::max<int64_t>(1, p.numel() / plan.tasks));
@@ -85,9 +81,9 @@ CpuPlan plan_cpu(const Problem& p, const CpuInfo& cpu) {
   // A non-temporal store saves reading the line first, but evicts what the next layer wants to
   // read: taken where input and output together outgrow the L3, so that the output would not have
   // stayed there.
-  const int64_t run = columns ? plan.lanes : p.hw;
+  const int64_t run = columns ? plan.bins : p.hw;
   plan.nontemporal_stores =
-      run % kVectorLanes == 0 && plan.lanes_per_channel == 1 && 2 * p.bytes() > cpu.l3_bytes;
+      run % kVectorLanes == 0 && plan.bins_per_channel == 1 && 2 * p.bytes() > cpu.l3_bytes;
 
   plan.bytes_floor = p.bytes_floor();
   const bool misses =

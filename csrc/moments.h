@@ -1,12 +1,8 @@
 // Moments of a set of values and how two sets join (Chan, Golub & LeVeque 1979), for host and
-// device. Includes nothing.
+// device.
 #pragma once
 
-#ifdef __CUDACC__
-#define BNEXT_HD __host__ __device__
-#else
-#define BNEXT_HD
-#endif
+#include "problem.h"
 
 namespace bnext {
 

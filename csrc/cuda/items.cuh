@@ -1,14 +1,12 @@
 // Which elements a thread owns: the matrix of CudaPlan (csrc/plan.h) in device arithmetic.
 //
 //   rows (NCHW), group of 2 channels, 128 threads:     columns (channels_last), V = 4:
-//        item 0   item 1  ...                               lanes 0-3  lanes 4-7  ...
+//        item 0   item 1  ...                               bins 0-3  bins 4-7  ...
 //     row 0  t0      t1     t2 ...  } channel 0:         row 0   t0         t1
 //     row 1  ...  t62  t63  t0 ...  } threads 0-63       row 1   t2         t3
 //     row 0  t64     t65    ...     } channel 1
 #pragma once
 
-#include "../batch_norm.h"
-#include "../plan.h"
 #include "elements.cuh"
 
 namespace bnext {
@@ -22,10 +20,6 @@ struct Call {
   void* workspace;
   int64_t first_group;  // of this launch
 };
-
-__device__ inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
 
 // The rows that a block of a team owns: [first, first + count).
 struct RowRange {
@@ -58,7 +52,7 @@ template <int V>
 class RowItems {
  public:
   static constexpr int kElements = V;
-  static constexpr int kLanes = 1;           // whose sums a thread keeps
+  static constexpr int kBins = 1;            // whose sums a thread keeps
   static constexpr bool kWholeWarps = true;  // a warp's threads share them
 
   __device__ RowItems(const Problem& problem, const CudaPlan& plan, int64_t group, int64_t rank)
@@ -109,12 +103,12 @@ class RowItems {
   }
   __device__ int64_t channel(int) const { return channel_; }
 
-  // Where a thread's sums meet those of others: the lane of the group, and its place among the
-  // threads of that lane once each warp has joined its own.
-  __device__ int first_lane() const { return threadIdx.x / threads_; }
+  // Where a thread's sums meet those of others: the bin of the group, and its place among the
+  // threads of that bin once each warp has joined its own.
+  __device__ int first_bin() const { return threadIdx.x / threads_; }
   __device__ int joining_threads() const { return threads_ / kWarpThreads; }
   __device__ int joining_place() const { return threadIdx.x % threads_ / kWarpThreads; }
-  __device__ int joining_lanes() const { return static_cast<int>(plan_.group); }
+  __device__ int joining_bins() const { return static_cast<int>(plan_.group); }
   __device__ bool joins() const { return threadIdx.x % kWarpThreads == 0; }
 
  private:
@@ -138,12 +132,12 @@ class RowItems {
   Item step_;
 };
 
-// Items of one column: V adjacent lanes, down the rows. Threads beyond whole rows of items idle.
+// Items of one column: V adjacent bins, down the rows. Threads beyond whole rows of items idle.
 template <int V>
 class ColumnItems {
  public:
   static constexpr int kElements = V;
-  static constexpr int kLanes = V;
+  static constexpr int kBins = V;
   static constexpr bool kWholeWarps = false;
 
   __device__ ColumnItems(const Problem& problem, const CudaPlan& plan, int64_t group, int64_t rank)
@@ -151,8 +145,8 @@ class ColumnItems {
         plan_(plan),
         range_(rows_of(plan, rank)),
         columns_(static_cast<int>(plan.columns)),
-        lanes_(problem.c * plan.lanes_per_channel),
-        lane_(group * plan.group_lanes() + static_cast<int64_t>(threadIdx.x % columns_) * V) {
+        bins_(problem.c * plan.bins_per_channel),
+        bin_(group * plan.group_bins() + static_cast<int64_t>(threadIdx.x % columns_) * V) {
     if (group >= plan.groups) range_.count = 0;
   }
 
@@ -164,27 +158,27 @@ class ColumnItems {
   __device__ void retreat(Item& item) const { item.row -= joining_threads(); }
   __device__ bool valid(const Item& item) const { return item.row < range_.count && joins(); }
   __device__ int64_t offset(const Item& item) const {
-    return (range_.first + item.row) * lanes_ + lane_;
+    return (range_.first + item.row) * bins_ + bin_;
   }
   __device__ int64_t mask_offset(const Item& item) const {
-    return (range_.first + item.row) * problem_.mask_row_bytes() + lane_ / kMaskBits;
+    return (range_.first + item.row) * problem_.mask_row_bytes() + bin_ / kMaskBits;
   }
-  __device__ int64_t channel(int lane) const {
-    return plan_.lanes_per_channel == 1 ? lane_ + lane : (lane_ + lane) / plan_.lanes_per_channel;
+  __device__ int64_t channel(int bin) const {
+    return plan_.bins_per_channel == 1 ? bin_ + bin : (bin_ + bin) / plan_.bins_per_channel;
   }
 
-  __device__ int first_lane() const { return static_cast<int>(threadIdx.x) % columns_ * V; }
+  __device__ int first_bin() const { return static_cast<int>(threadIdx.x) % columns_ * V; }
   __device__ int joining_threads() const { return plan_.threads / columns_; }
   __device__ int joining_place() const { return static_cast<int>(threadIdx.x) / columns_; }
-  __device__ int joining_lanes() const { return columns_ * V; }
-  __device__ bool joins() const { return joining_place() < joining_threads() && lane_ < lanes_; }
+  __device__ int joining_bins() const { return columns_ * V; }
+  __device__ bool joins() const { return joining_place() < joining_threads() && bin_ < bins_; }
 
  private:
   const Problem& problem_;
   const CudaPlan& plan_;
   RowRange range_;
   int columns_;
-  int64_t lanes_, lane_;
+  int64_t bins_, bin_;
 };
 
 template <IndexMap kMap, int V>

@@ -1,14 +1,12 @@
-// The launches of the forward kernels for one dtype.
-#pragma once
-
+// The launches of the forward kernels for one dtype, BNEXT_TYPE: compiled once for each (setup.py).
 #include "forward.cuh"
 #include "launch.cuh"
 
 namespace bnext {
 
 template <class T>
-cudaError_t launch_forward_as(const CudaPlan& plan, const Problem& problem, const ForwardArgs& args,
-                              void* workspace, void* stream) {
+cudaError_t launch_as(const CudaPlan& plan, const Problem& problem, const ForwardArgs& args,
+                      void* workspace, void* stream) {
   ForwardCall call{problem, plan, args, workspace, 0};
   return with_items<T>(plan, [&](auto vector, auto map) {
     if (plan.family == Family::kResident)
@@ -27,5 +25,8 @@ cudaError_t launch_forward_as(const CudaPlan& plan, const Problem& problem, cons
     });
   });
 }
+
+template cudaError_t launch_as<BNEXT_TYPE>(const CudaPlan&, const Problem&, const ForwardArgs&,
+                                           void*, void*);
 
 }  // namespace bnext

@@ -7,43 +7,36 @@
 #include <string>
 
 #include "cpu_info.h"
-#include "double_backward.h"
 #include "kernels.h"
 
 namespace bnext {
 
 namespace isa_default {
-const Kernels& kernels(DType dtype);
-const DoubleBackwardKernels& double_backward_kernels(DType dtype);
+template <class Table>
+const Table& kernels(DType dtype);
 }  // namespace isa_default
 #if defined(__x86_64__)
 namespace isa_avx2 {
-const Kernels& kernels(DType dtype);
-const DoubleBackwardKernels& double_backward_kernels(DType dtype);
+template <class Table>
+const Table& kernels(DType dtype);
 }  // namespace isa_avx2
 namespace isa_avx512 {
-const Kernels& kernels(DType dtype);
-const DoubleBackwardKernels& double_backward_kernels(DType dtype);
+template <class Table>
+const Table& kernels(DType dtype);
 }  // namespace isa_avx512
 #endif
 
-const Kernels& kernels(Isa isa, DType dtype) {
+template <class Table>
+const Table& kernels([[maybe_unused]] Isa isa, DType dtype) {
 #if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return isa_avx512::kernels(dtype);
-  if (isa == Isa::kAvx2) return isa_avx2::kernels(dtype);
+  if (isa == Isa::kAvx512) return isa_avx512::kernels<Table>(dtype);
+  if (isa == Isa::kAvx2) return isa_avx2::kernels<Table>(dtype);
 #endif
-  (void)isa;
-  return isa_default::kernels(dtype);
+  return isa_default::kernels<Table>(dtype);
 }
-
-const DoubleBackwardKernels& double_backward_kernels(Isa isa, DType dtype) {
-#if defined(__x86_64__)
-  if (isa == Isa::kAvx512) return isa_avx512::double_backward_kernels(dtype);
-  if (isa == Isa::kAvx2) return isa_avx2::double_backward_kernels(dtype);
-#endif
-  (void)isa;
-  return isa_default::double_backward_kernels(dtype);
-}
+template const ForwardKernels& kernels(Isa, DType);
+template const BackwardKernels& kernels(Isa, DType);
+template const DoubleBackwardKernels& kernels(Isa, DType);
 
 namespace {
 

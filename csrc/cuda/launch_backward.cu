@@ -1,14 +1,13 @@
-// The launches of the backward kernels for one dtype.
-#pragma once
-
+// The launches of the backward kernels for one dtype, BNEXT_TYPE: compiled once for each
+// (setup.py).
 #include "backward.cuh"
 #include "launch.cuh"
 
 namespace bnext {
 
 template <class T>
-cudaError_t launch_backward_as(const CudaPlan& plan, const Problem& problem,
-                               const BackwardArgs& args, void* workspace, void* stream) {
+cudaError_t launch_as(const CudaPlan& plan, const Problem& problem, const BackwardArgs& args,
+                      void* workspace, void* stream) {
   BackwardCall call{problem, plan, args, workspace, 0};
   const bool frozen = !args.save_stats;
   return with_items<T>(plan, [&](auto vector, auto map) {
@@ -33,5 +32,8 @@ cudaError_t launch_backward_as(const CudaPlan& plan, const Problem& problem,
     });
   });
 }
+
+template cudaError_t launch_as<BNEXT_TYPE>(const CudaPlan&, const Problem&, const BackwardArgs&,
+                                           void*, void*);
 
 }  // namespace bnext

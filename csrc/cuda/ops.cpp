@@ -7,7 +7,8 @@
 #include <map>
 #include <mutex>
 
-#include "../call.h"
+#include "../ops.h"
+#include "device_info.h"
 #include "launch.h"
 
 // Weak: it is in libtorch_cuda, and this extension is to load where torch has none.
@@ -55,14 +56,6 @@ int alignment_of(const ForwardArgs& args) {
 int alignment_of(const BackwardArgs& args) {
   return common_alignment({args.grad_out, args.input, args.grad_input, args.grad_residual});
 }
-int launch(const CudaPlan& plan, const Problem& problem, const ForwardArgs& args, void* workspace,
-           void* stream) {
-  return launch_forward(plan, problem, args, workspace, stream);
-}
-int launch(const CudaPlan& plan, const Problem& problem, const BackwardArgs& args, void* workspace,
-           void* stream) {
-  return launch_backward(plan, problem, args, workspace, stream);
-}
 
 struct Cuda {
   static Tensor allocate_output(const Input& x) { return allocate_like(x); }
@@ -80,7 +73,7 @@ struct Cuda {
                                                   : Tensor();
     void* const memory = plan.workspace_bytes ? workspace.mutable_data_ptr() : nullptr;
     const int error = launch(plan, problem, args, memory, current_stream(device));
-    if (error != 0) check_launch(error, to_string(plan));
+    if (error != 0) check_launch(error, to_string("CudaPlan", plan));
   }
 
   static void count(int64_t* num_batches_tracked, const Input& x) {

@@ -3,7 +3,7 @@
 //
 // A backend has
 //   allocate_output(input)                 uninitialised memory for an output of the input's shape
-//   run(args, input)                       forward or backward, on the input's device
+//   run(args, input)                       the call, on the input's device
 //   count(num_batches_tracked, input)      adds 1 where that memory is
 #pragma once
 
@@ -89,7 +89,7 @@ struct Ops {
       const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps, bool relu,
       bool need_input, bool need_weight, bool need_bias, bool need_residual) {
     Input x = check_input(input, save_stats ? Stage::kTrainBackward : Stage::kEvalBackward, relu);
-    x.problem.residual = need_residual;
+    x.problem.need_residual = need_residual;
     x.problem.has_mask = relu && relu_mask;
     x.problem.need_input = need_input;
     x.problem.need_params = need_weight || need_bias;
@@ -129,6 +129,52 @@ struct Ops {
     }
     return {grad_input, grad_weight.value_or(Tensor()), grad_bias.value_or(Tensor()),
             grad_residual};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(
+      const Tensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
+      const OptionalTensor& grad_grad_bias, const OptionalTensor& grad_grad_residual,
+      const Tensor& grad_out, const Tensor& input, const OptionalTensor& weight,
+      const OptionalTensor& bias, const OptionalTensor& relu_mask, const OptionalTensor& save_stats,
+      const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps, bool relu,
+      bool need_grad_out, bool need_input, bool need_weight) {
+    Input x = check_input(input, Stage::kDoubleBackward, relu);
+    x.problem.has_mask = relu && relu_mask;
+    x.problem.need_input = need_grad_out || need_input;
+    const Tensor u = check_like_input("grad_grad_input", grad_grad_input, x);
+    const Tensor dy = check_like_input("grad_out", grad_out, x);
+    OptionalTensor v;
+    if (grad_grad_residual) v = check_like_input("grad_grad_residual", *grad_grad_residual, x);
+    DoubleBackwardArgs args{};
+    args.save_stats = check_save_stats(save_stats, x);
+    args.running_mean = check_statistic("running_mean", running_mean, x);
+    args.running_var = check_statistic("running_var", running_var, x);
+    args.weight = check_param("weight", weight, x);
+    args.bias = check_param("bias", bias, x);
+    args.grad_grad_weight = check_param("grad_grad_weight", grad_grad_weight, x);
+    args.grad_grad_bias = check_param("grad_grad_bias", grad_grad_bias, x);
+    check_any_statistics(save_stats.has_value(), running_mean && running_var, x);
+    BNEXT_CHECK(weight || !need_weight, "weight: expected where its gradient is asked for");
+    args.relu_mask = check_mask(relu_mask, x);
+
+    Tensor grad_grad_out = need_grad_out ? Backend::allocate_output(x) : Tensor();
+    Tensor grad_input = need_input ? Backend::allocate_output(x) : Tensor();
+    OptionalTensor grad_weight;
+    if (need_weight) grad_weight = allocate_grad(*weight, x);
+    if (x.empty()) {
+      if (grad_weight) torch::stable::zero_(*grad_weight);
+    } else {
+      args.grad_grad_input = u.const_data_ptr();
+      args.grad_grad_residual = v ? v->const_data_ptr() : nullptr;
+      args.grad_out = dy.const_data_ptr();
+      args.input = x.tensor.const_data_ptr();
+      args.grad_grad_out = need_grad_out ? grad_grad_out.mutable_data_ptr() : nullptr;
+      args.grad_input = need_input ? grad_input.mutable_data_ptr() : nullptr;
+      args.grad_weight = param_out(grad_weight);
+      args.eps = eps;
+      Backend::run(args, x);
+    }
+    return {grad_grad_out, grad_input, grad_weight.value_or(Tensor())};
   }
 };
 

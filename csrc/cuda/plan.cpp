@@ -7,12 +7,11 @@
 // more and fill the GPU when channels are few; two blocks an SM let one load while the other
 // stores.
 #include <algorithm>
+#include <cstdlib>
 #include <numeric>
-#include <sstream>
 #include <stdexcept>
 #include <vector>
 
-#include "division.h"
 #include "plan.h"
 
 namespace bnext {
@@ -62,7 +61,7 @@ constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 struct Layout {
   IndexMap map;
   int vector;
-  int64_t lanes_per_channel;
+  int64_t bins_per_channel;
   std::vector<int64_t> groups;  // channels of a group, to choose from: widest first
 };
 
@@ -72,13 +71,9 @@ int full_block(const Layout& layout) {
   return max_cuda_threads(layout.map, layout.vector);
 }
 
-int64_t operands(const Problem& p) {
-  return is_backward(p.stage) ? 2 : 1;
-}
-
 // Bytes of one channel's input (backward: and gradient) that a resident team holds.
 int64_t channel_bytes(const Problem& p) {
-  return p.count() * element_size(p.dtype) * operands(p);
+  return p.count() * element_size(p.dtype) * operands(p.stage);
 }
 
 std::vector<int> vectors(const Problem& p) {
@@ -94,20 +89,20 @@ std::vector<int> vectors(const Problem& p) {
 
 // Channels of the narrowest group of columns: whole mask bytes and items, no narrower slab than
 // memory likes, or all channels.
-int64_t least_columns_group(const Problem& p, int64_t lanes_per_channel) {
-  const int64_t unit = kMaskBits / std::gcd<int64_t>(lanes_per_channel, kMaskBits);
-  const int64_t bytes = unit * lanes_per_channel * element_size(p.dtype);
+int64_t least_columns_group(const Problem& p, int64_t bins_per_channel) {
+  const int64_t unit = kMaskBits / std::gcd<int64_t>(bins_per_channel, kMaskBits);
+  const int64_t bytes = unit * bins_per_channel * element_size(p.dtype);
   return std::min(p.c, unit * ceil_div(kMinSlabBytes, bytes));
 }
 
 // Multiples of the narrowest group that leave the last group nearly whole.
-std::vector<int64_t> column_groups(const Problem& p, int64_t lanes_per_channel, int vector) {
-  const int64_t least = least_columns_group(p, lanes_per_channel);
-  const int64_t most = std::min<int64_t>(kMaxGroupLanes, int64_t{kMaxCudaThreads} * vector);
+std::vector<int64_t> column_groups(const Problem& p, int64_t bins_per_channel, int vector) {
+  const int64_t least = least_columns_group(p, bins_per_channel);
+  const int64_t most = std::min<int64_t>(kMaxGroupBins, int64_t{kMaxCudaThreads} * vector);
   std::vector<int64_t> groups;
   for (int64_t factor = 16; factor > 1; factor /= 2) {
     const int64_t group = std::min(p.c, factor * least);
-    const bool fits = group * lanes_per_channel <= most && group > factor / 2 * least;
+    const bool fits = group * bins_per_channel <= most && group > factor / 2 * least;
     if (fits && round_up(p.c, group) * 8 <= p.c * 9) groups.push_back(group);
   }
   groups.push_back(least);
@@ -134,8 +129,8 @@ Layout choose_layout(const Problem& p, const CudaInfo& cuda) {
       continue;
     }
     const bool rows = p.hw % v == 0, is_short = p.hw * element_size(p.dtype) < kMinRowBytes;
-    const bool columns = !p.has_mask && p.c * p.hw % v == 0 && p.hw <= kMaxGroupLanes &&
-                         least_columns_group(p, p.hw) * p.hw <= kMaxGroupLanes;
+    const bool columns = !p.has_mask && p.c * p.hw % v == 0 && p.hw <= kMaxGroupBins &&
+                         least_columns_group(p, p.hw) * p.hw <= kMaxGroupBins;
     if (columns && (is_short || !rows))
       return {IndexMap::kColumns, v, p.hw, column_groups(p, p.hw, v)};
     if (rows) return {IndexMap::kRows, v, 1, {row_group(p, cuda, v)}};
@@ -157,9 +152,9 @@ int64_t choose_segment_width(const Problem& p, int64_t team_blocks) {
 
 int64_t shared_bytes(const CudaPlan& plan, const Problem& p) {
   const int64_t element = element_size(p.dtype), compute = p.dtype == DType::kFloat64 ? 8 : 4;
-  return round_up(operands(p) * plan.items_per_thread * plan.threads * plan.vector * element, 16) +
-         round_up(kJoinLanes * kPartialBytes, 16) +
-         round_up(plan.group_lanes() * kPartialBytes, 16) +
+  return round_up(operands(p.stage) * plan.items_per_thread * plan.threads * plan.vector * element,
+                  16) +
+         round_up(kJoinBins * kPartialBytes, 16) + round_up(plan.group_bins() * kPartialBytes, 16) +
          round_up(plan.group * kCoefficients * compute, 16);
 }
 
@@ -193,7 +188,7 @@ CudaPlan cut(const Problem& p, const Layout& layout, int64_t group, int64_t team
   plan.map = layout.map;
   plan.vector = layout.vector;
   plan.threads = threads;
-  plan.lanes_per_channel = layout.lanes_per_channel;
+  plan.bins_per_channel = layout.bins_per_channel;
   plan.group = group;
   plan.groups = ceil_div(p.c, group);
   plan.team_blocks = team_blocks;
@@ -204,7 +199,7 @@ CudaPlan cut(const Problem& p, const Layout& layout, int64_t group, int64_t team
     plan.rows = p.n * plan.segments;
   } else {
     plan.rows = p.channels_last ? p.count() : p.n;
-    plan.columns = round_up(plan.group_lanes(), kMaskBits) / plan.vector;
+    plan.columns = round_up(plan.group_bins(), kMaskBits) / plan.vector;
     if (plan.columns > threads) plan.threads = full_block(layout);
   }
   plan.rows_per_block = ceil_div(plan.rows, team_blocks);
@@ -358,13 +353,6 @@ CudaPlan streaming(const Problem& p, const Layout& layout, const CudaInfo& cuda)
   return plan;
 }
 
-std::string describe(const Problem& p) {
-  std::ostringstream out;
-  out << "[" << p.n << ", " << p.c << ", " << p.hw << "] of " << element_size(p.dtype) << " bytes, "
-      << (is_backward(p.stage) ? "backward" : "forward");
-  return out.str();
-}
-
 }  // namespace
 
 CudaPlan plan_cuda(const Problem& p, const CudaInfo& cuda, const CudaChoice& choice) {
@@ -378,19 +366,32 @@ CudaPlan plan_cuda(const Problem& p, const CudaInfo& cuda, const CudaChoice& cho
   if (can_be_resident && choice.family != Family::kStreaming) {
     plan = resident(p, layout, cuda, choice.team);
     if (!plan && must_be_resident)
-      throw std::invalid_argument("bnext: " +
-                                  (choice.team ? "BNEXT_CUDA_TEAM=" + to_string(*choice.team)
-                                               : std::string("BNEXT_CUDA_FAMILY=resident")) +
-                                  ": " + describe(p) + ", does not fit a GPU of " +
-                                  std::to_string(cuda.sms) + " SMs with " +
-                                  std::to_string(cuda.shared_bytes_per_block) +
-                                  " bytes of shared memory a block, in clusters of at most " +
-                                  std::to_string(cuda.max_cluster_blocks));
+      throw std::invalid_argument(
+          (choice.team ? "bnext: BNEXT_CUDA_TEAM=" + to_string(*choice.team)
+                       : std::string("bnext: BNEXT_CUDA_FAMILY=resident")) +
+          ": [" + std::to_string(p.n) + ", " + std::to_string(p.c) + ", " + std::to_string(p.hw) +
+          "], " + to_string(p.dtype) + ", " + to_string(p.stage) + ", does not fit a GPU of " +
+          std::to_string(cuda.sms) + " SMs with " + std::to_string(cuda.shared_bytes_per_block) +
+          " bytes of shared memory a block, in clusters of at most " +
+          std::to_string(cuda.max_cluster_blocks));
   }
   if (!plan) plan = streaming(p, layout, cuda);
   plan->bytes_floor = p.bytes_floor();
   plan->bytes_moved += plan->bytes_floor;
   return *plan;
+}
+
+CudaChoice cuda_choice_of_environment() {
+  CudaChoice choice;
+  const auto ask = [](const char* name, auto& chosen, auto values) {
+    const char* asked = std::getenv(name);
+    if (asked && *asked) chosen = parse(name, asked, values);
+  };
+  ask("BNEXT_CUDA_FAMILY", choice.family,
+      std::initializer_list{Family::kResident, Family::kStreaming});
+  ask("BNEXT_CUDA_TEAM", choice.team,
+      std::initializer_list{Team::kBlock, Team::kCluster, Team::kGrid});
+  return choice;
 }
 
 }  // namespace bnext

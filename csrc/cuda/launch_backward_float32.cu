@@ -1,4 +1,0 @@
-#include "launch_backward.cuh"
-
-template cudaError_t bnext::launch_backward_as<float>(const bnext::CudaPlan&, const bnext::Problem&,
-                                                      const bnext::BackwardArgs&, void*, void*);

@@ -1,0 +1,187 @@
+// What a batch norm is, without torch: the problem, the pointers it works on, and its enumerations.
+// Includes nothing but the standard library; shared by the plans, the bindings and all kernels.
+#pragma once
+
+#include <cstdint>
+
+// Small functions of host and device, inline on both: gcc left some out of line.
+#ifdef __CUDACC__
+#define BNEXT_HD __host__ __device__
+#else
+#define BNEXT_HD [[gnu::always_inline]]
+#endif
+
+namespace bnext {
+
+// Division that rounds up.
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+constexpr int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
+
+enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+
+// f(value of the dtype's type), the 16-bit types being the caller's.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class BFloat16, class Float16, class F>
+BNEXT_HD constexpr decltype(auto) visit_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(double{});
+    case DType::kBFloat16:
+      return f(BFloat16{});
+    case DType::kFloat16:
+      return f(Float16{});
+    default:
+      return f(float{});
+  }
+}
+
+constexpr int64_t element_size(DType t) {
+  return t == DType::kFloat64 ? 8 : t == DType::kFloat32 ? 4 : 2;
+}
+
+constexpr const char* to_string(DType t) {
+  return t == DType::kFloat32    ? "float32"
+         : t == DType::kFloat64  ? "float64"
+         : t == DType::kBFloat16 ? "bfloat16"
+                                 : "float16";
+}
+
+enum class Stage : uint8_t {
+  kTrainForward,
+  kEvalForward,
+  kTrainBackward,
+  kEvalBackward,
+  kDoubleBackward,  // with the batch's statistics or frozen ones: both sum first
+};
+
+constexpr const char* to_string(Stage s) {
+  return s == Stage::kTrainForward    ? "train_forward"
+         : s == Stage::kEvalForward   ? "eval_forward"
+         : s == Stage::kTrainBackward ? "train_backward"
+         : s == Stage::kEvalBackward  ? "eval_backward"
+                                      : "double_backward";
+}
+// Whether sums over all values come before the first result.
+constexpr bool is_training(Stage s) {
+  return s == Stage::kTrainForward || s == Stage::kTrainBackward || s == Stage::kDoubleBackward;
+}
+constexpr bool is_backward(Stage s) {
+  return s != Stage::kTrainForward && s != Stage::kEvalForward;
+}
+// Tensors that are read for the sums and once more to apply them.
+constexpr int64_t operands(Stage s) {
+  return !is_backward(s) ? 1 : s == Stage::kDoubleBackward ? 3 : 2;
+}
+
+// The activation; see activation.h.
+enum class Act : uint8_t { kNone, kRelu };
+
+// One call. Memory is dense: [n, c, hw], or [n * hw, c] where channels_last.
+struct Problem {
+  Stage stage;
+  int64_t n, c, hw;
+  bool channels_last;
+  DType dtype;    // input, output, residual and their gradients
+  Act act;        // y = act(bn(x) + residual)
+  bool residual;  // forward: it is read
+  bool has_mask;  // of where the activation passes; forward: it is written; backward: it is read
+  // backward: dx, any of dweight and dbias, the residual's gradient
+  bool need_input = true, need_params = true, need_residual = false;
+  int alignment = 16;  // bytes that all tensors' addresses share
+
+  constexpr int64_t numel() const { return n * c * hw; }
+  constexpr int64_t count() const { return n * hw; }  // values per channel
+  constexpr int64_t bytes() const { return numel() * element_size(dtype); }
+  // The 1-bit ReLU mask: rows of memory, each padded to whole bytes.
+  constexpr int64_t mask_rows() const { return channels_last ? n * hw : n * c; }
+  constexpr int64_t mask_row_bytes() const { return ((channels_last ? c : hw) + 7) / 8; }
+  // Whether elements are written, and not only sums.
+  constexpr bool applies() const { return !is_backward(stage) || need_input || need_residual; }
+
+  // The least any kernel must read.
+  constexpr int64_t bytes_read() const {
+    const bool reads_input = need_params || act != Act::kNone || is_training(stage);
+    return reads_input ? operands(stage) * bytes() : bytes();
+  }
+  // The least any kernel must read and write.
+  constexpr int64_t bytes_floor() const {
+    return bytes_read() + (need_input ? bytes() : 0) + (residual || need_residual ? bytes() : 0) +
+           (has_mask ? mask_rows() * mask_row_bytes() : 0);
+  }
+
+  bool operator==(const Problem&) const = default;
+};
+
+// The same memory, described so that kernels see long runs: one channel is one row, and rows of a
+// single element are columns.
+constexpr Problem canonical(Problem p) {
+  if (p.c == 1) {
+    p.hw *= p.n;
+    p.n = 1;
+    p.channels_last = false;
+  } else if (p.hw == 1) {
+    p.channels_last = true;
+  }
+  return p;
+}
+
+// A per-channel vector whose dtype is only known at run time; null data where the argument is
+// absent.
+template <class Void>
+struct Vector {
+  Void* data = nullptr;
+  int64_t stride = 1;  // elements
+  DType dtype = DType::kFloat32;
+
+  constexpr explicit operator bool() const { return data != nullptr; }
+};
+using ParamIn = Vector<const void>;
+using ParamOut = Vector<void>;
+
+struct ForwardArgs {
+  const void* input;
+  const void* residual;  // null: none
+  void* output;
+  uint8_t* relu_mask;  // null: not saved
+  ParamIn weight, bias;
+  ParamIn frozen_mean, frozen_var;     // eval: the running statistics
+  ParamOut running_mean, running_var;  // training: updated, where given
+  int64_t* num_batches_tracked;        // null: none
+  double* save_stats;                  // [2, C]: mean, then 1 / sqrt(var + eps)
+  double momentum;
+  bool cumulative;  // the average of all batches counted, whatever the momentum
+  double eps;
+};
+
+struct BackwardArgs {
+  const void* grad_out;
+  const void* input;
+  const uint8_t* relu_mask;  // null: the sign is recomputed from input
+  ParamIn weight, bias;
+  const double* save_stats;  // batch statistics; null: frozen ones, from
+  ParamIn running_mean, running_var;
+  void* grad_input;  // null: not asked for, as below
+  void* grad_residual;
+  ParamOut grad_weight, grad_bias;
+  double eps;
+};
+
+struct DoubleBackwardArgs {
+  const void *grad_grad_input, *grad_grad_residual;  // the second null: none
+  const void *grad_out, *input;
+  const uint8_t* relu_mask;  // null: the sign is recomputed from input
+  ParamIn weight, bias, grad_grad_weight, grad_grad_bias;
+  const double* save_stats;  // as in BackwardArgs
+  ParamIn running_mean, running_var;
+  void *grad_grad_out, *grad_input;  // null: not asked for
+  ParamOut grad_weight;
+  double eps;
+};
+
+}  // namespace bnext
