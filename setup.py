@@ -296,7 +296,7 @@ def ninja_manifest(version: str, torch: Torch, cuda: Cuda) -> str:
     compiler = f"{shell(cxx())} -MD -MF $out.d {shell([nameless(ROOT)])} $flags "
     compiler += shell(compile_flags(torch, cuda))
     appended = f"NVCC_APPEND_FLAGS={shell([os.environ.get('NVCC_APPEND_FLAGS', '')])}"
-    nvcc = f"{appended} {shell([cuda.nvcc])} -MD -MF $out.d {shell(nvcc_flags(cuda))}"
+    nvcc = f"{appended} {shell([cuda.nvcc])} -MD -MF $out.d $flags {shell(nvcc_flags(cuda))}"
     link = f"{shell(cxx())} -shared -o $out $in {shell(link_flags(torch, cuda))}"
     lines = ["ninja_required_version = 1.5"]
     for name, command in {"cxx": compiler, **({"nvcc": nvcc} if cuda.nvcc else {})}.items():
