@@ -3,6 +3,7 @@
 
 from typing import Any
 
+def activations() -> dict[str, tuple[int, str, set[str]]]: ...
 def build_info() -> dict[str, Any]: ...
 def cpu_device_info(threads: int) -> DeviceInfo: ...
 def cuda_device_info(device: int) -> CudaInfo: ...
@@ -13,7 +14,7 @@ def plan(
     channels_last: bool,
     dtype: str,
     stage: str,
-    relu: bool,
+    act: str,
     residual: bool,
     device: DeviceInfo,
     need_input: bool = True,
@@ -28,7 +29,7 @@ def plan_cuda(
     channels_last: bool,
     dtype: str,
     stage: str,
-    relu: bool,
+    act: str,
     residual: bool,
     device: CudaInfo,
     need_input: bool = True,

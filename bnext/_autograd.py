@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from bnext._activation import ACTIVATIONS
 from bnext._ops import DOUBLE_BACKWARD_DEVICES, EAGER, TRACED
 
 __all__ = ["BatchNormFunction", "apply", "traced_apply"]
@@ -22,22 +23,30 @@ is_grad_enabled = torch.is_grad_enabled
 is_inference: Callable[[Tensor], bool] = Tensor.is_inference
 
 
+# What a plain batch norm in training leaves out: running statistics, bias, residual, mask.
+_NO_OPERANDS = (None, None, None, None, None)
+
+
 def _backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
     """Gradients by the formulas of the paper's section 3, in one op."""
     if grad_out is None:
         return None, None, None, None, None
     need_input, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
-    eps, relu = ctx.eps_and_relu
+    input, weight, save_stats, *operands = ctx.saved_tensors
+    eps, act, act_param = ctx.eps_and_act
+    plain = act == 0 and not operands and need_input and need_weight and need_bias
     grads: _Grads = (None, None, None, None)
-    if relu or need_input or need_weight or need_bias:
-        op = _differentiable_backward if is_grad_enabled() else EAGER.backward
-        if is_dynamo_compiling():
-            op = TRACED.backward
+    if plain and not is_dynamo_compiling() and not is_grad_enabled():
+        grads = EAGER.backward(grad_out, input, weight, save_stats, eps)
+    elif act or need_input or need_weight or need_bias:
+        op = TRACED.backward if is_dynamo_compiling() else EAGER.backward
+        if is_grad_enabled() and not is_dynamo_compiling():
+            op = _differentiable_backward
         grads = op(
-            grad_out, *ctx.saved_tensors, eps, relu, need_input, need_weight, need_bias,
-            need_residual and relu,
+            grad_out, input, weight, save_stats, eps, *(operands or _NO_OPERANDS), act, act_param,
+            need_input, need_weight, need_bias, need_residual and act != 0,
         )  # fmt: skip
-    if need_residual and not relu:
+    if need_residual and not act:
         return *grads[:3], grad_out, None
     return *grads, None
 
@@ -62,12 +71,19 @@ def _refuse_inference_tensors(counter: Tensor | None, *saved: Tensor | None) -> 
                 torch.ones((), device=tensor.device, requires_grad=True) * tensor
 
 
+def _saved_bias(weight: Tensor | None, bias: Tensor | None, needs_z: bool) -> Tensor | None:
+    """The bias where backward reads it: for z, or for its shape where that is not the weight's."""
+    if needs_z or weight is None or bias is None or weight.dim() + bias.dim() != 2:
+        return bias
+    return None
+
+
 class BatchNormFunction(torch.autograd.Function):
     """Batch normalisation with gradients for (input, weight, bias, residual), as eager calls it.
 
-    ``rest`` is (running_mean, running_var, num_batches_tracked, training, momentum, eps, relu): the
-    fewer arguments, the cheaper the call, and ``forward`` taking the context costs a third of the
-    form with `setup_context`.
+    ``rest`` is (running_mean, running_var, num_batches_tracked, training, momentum, eps, act,
+    act_param): the fewer arguments, the cheaper the call, and ``forward`` taking the context costs
+    a third of the form with `setup_context`.
     """
 
     @staticmethod
@@ -81,18 +97,18 @@ class BatchNormFunction(torch.autograd.Function):
     ) -> Tensor:
         """Run the op and save for backward."""
         output: Tensor
-        running_mean, running_var, num_batches_tracked, training, momentum, eps, relu = rest
+        running_mean, running_var, num_batches_tracked, training, momentum, eps, act, param = rest
         if (running_mean is not None and running_mean.requires_grad) or (
             running_var is not None and running_var.requires_grad
         ):
             refuse_gradients_of_statistics(running_mean, running_var)
         # Nothing is saved that backward does without, since all of it may change before: not the
-        # output, not in training the running statistics, and the bias only for the sign of a ReLU,
-        # or for its shape where that is not the weight's.
-        if not relu and weight is not None and bias is not None and weight.dim() + bias.dim() == 2:
-            saved_bias = None
-        else:
-            saved_bias = bias
+        # output, nor in training the running statistics.
+        kind, needs, _ = ACTIVATIONS[act]
+        saves_mask = needs == "sign" and residual is not None
+        saved_bias = _saved_bias(weight, bias, kind != 0 and not saves_mask)
+        saved_residual = residual if needs == "sum" else None
+        added = () if act is None and residual is None else (residual, kind, param, saves_mask)
         if training:
             if (
                 is_inference(input)
@@ -105,21 +121,25 @@ class BatchNormFunction(torch.autograd.Function):
                 _refuse_inference_tensors(
                     num_batches_tracked, input, weight, saved_bias, running_mean, running_var
                 )
-            output, save_stats, relu_mask = EAGER.train(
-                input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
-                momentum, eps, relu, relu and residual is not None,
+            output, save_stats, mask = EAGER.train(
+                input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
+                *added,
             )  # fmt: skip
-            ctx.save_for_backward(input, weight, saved_bias, relu_mask, save_stats, None, None)
+            if added or saved_bias is not None:
+                ctx.save_for_backward(
+                    input, weight, save_stats, None, None, saved_bias, saved_residual, mask
+                )
+            else:
+                ctx.save_for_backward(input, weight, save_stats)
         else:
-            output, relu_mask = EAGER.inference(
-                input, weight, bias, residual, running_mean, running_var, eps, relu,
-                relu and residual is not None,
-            )  # fmt: skip
+            output, mask = EAGER.inference(
+                input, weight, bias, running_mean, running_var, eps, *added
+            )
             ctx.save_for_backward(
-                input, weight, saved_bias, relu_mask, None, running_mean, running_var
+                input, weight, None, running_mean, running_var, saved_bias, saved_residual, mask
             )
         ctx.set_materialize_grads(False)
-        ctx.eps_and_relu = eps, relu
+        ctx.eps_and_act = eps, kind, param
         return output
 
     backward = staticmethod(_backward)
@@ -146,40 +166,43 @@ class _TracedFunction(torch.autograd.Function):
         training: bool,
         momentum: float | None,
         eps: float,
-        relu: bool,
+        act: str | None,
+        act_param: float,
     ) -> tuple[Tensor | None, ...]:
-        """Return (output, save_stats, relu_mask)."""
+        """Return (output, save_stats, mask)."""
+        added = residual, ACTIVATIONS[act].kind, act_param, True
         if training:
-            output, save_stats, relu_mask = TRACED.train(
-                input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
-                momentum, eps, relu, True,
+            output, save_stats, mask = TRACED.train(
+                input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
+                *added,
             )  # fmt: skip
-            return output, save_stats, relu_mask
-        output, relu_mask = TRACED.inference(
-            input, weight, bias, residual, running_mean, running_var, eps, relu, True
-        )
-        return output, None, relu_mask
+            return output, save_stats, mask
+        output, mask = TRACED.inference(input, weight, bias, running_mean, running_var, eps, *added)
+        return output, None, mask
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         """Save for backward."""
-        input, weight, bias, residual, running_mean, running_var, _, training, _, eps, relu = inputs
-        _, save_stats, relu_mask = output
+        input, weight, bias, residual, running_mean, running_var, _, training, *rest = inputs
+        _, eps, act, act_param = rest
+        _, save_stats, mask = output
+        kind, needs, _ = ACTIVATIONS[act]
+        saves_mask = needs == "sign" and residual is not None
         if training:
             running_mean = running_var = None
-        if not relu and weight is not None and bias is not None and weight.dim() + bias.dim() == 2:
-            bias = None
         ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
-        if not relu or residual is None:
-            relu_mask = None  # it is empty
-        ctx.save_for_backward(input, weight, bias, relu_mask, save_stats, running_mean, running_var)
+        ctx.save_for_backward(
+            input, weight, save_stats, running_mean, running_var,
+            _saved_bias(weight, bias, kind != 0 and not saves_mask),
+            residual if needs == "sum" else None, mask if saves_mask else None,
+        )  # fmt: skip
         ctx.set_materialize_grads(False)
-        ctx.eps_and_relu = eps, relu
+        ctx.eps_and_act = eps, kind, act_param
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> _Grads:
         """Those of `BatchNormFunction`."""
-        return *_backward(ctx, grad_out), None, None, None, None, None, None
+        return *_backward(ctx, grad_out), None, None, None, None, None, None, None
 
 
 def traced_apply(*args: Any) -> Tensor:
@@ -187,7 +210,10 @@ def traced_apply(*args: Any) -> Tensor:
     output: Tensor
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:4])
     if torch.compiler.is_compiling() and not wanted:
-        output = TRACED.train(*args[:7], *args[8:], True)[0]
+        *tensors, _, momentum, eps, act, act_param = args
+        residual = tensors.pop(3)
+        added = residual, ACTIVATIONS[act].kind, act_param
+        output = TRACED.train(*tensors, momentum, eps, *added)[0]
     else:  # a transform may want a gradient at another level than the one that shows
         output = _TracedFunction.apply(*args)[0]
     return output
@@ -209,21 +235,20 @@ class _GradientFunction(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> _Grads:
         """Run the backward op, whose arguments these are, and save what it was given."""
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*args[:8])
-        ctx.eps_relu_needs = args[8:]
+        ctx.save_for_backward(*args[:4], *args[5:10])
+        ctx.numbers = args[4], *args[10:]
         grads: _Grads = EAGER.backward(*args)
         return grads
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> _Grads:
         """Gradients by the formulas of csrc/formulas.h."""
-        grad_out, input, weight, *rest = ctx.saved_tensors
+        grad_out, input, weight, save_stats, *operands = ctx.saved_tensors
         need_grad_out, need_input, need_weight, *others = ctx.needs_input_grad
         nothing = (None,) * len(others)
         if torch.is_grad_enabled():
             return *_third_derivative(ctx, grad_grads), *nothing
-        eps, relu, *_ = ctx.eps_relu_needs
-        save_stats = rest[2]
+        eps, act, act_param, *_ = ctx.numbers
         grad_grad_input, grad_grad_weight, grad_grad_bias, grad_grad_residual = grad_grads
         if grad_grad_input is None:
             grad_grad_input = torch.zeros_like(input)
@@ -231,7 +256,8 @@ class _GradientFunction(torch.autograd.Function):
         need_input = need_input and (save_stats is not None or grad_grad_weight is not None)
         grads = EAGER.double_backward(
             grad_grad_input, grad_grad_weight, grad_grad_bias, grad_grad_residual,
-            grad_out, input, weight, *rest, eps, relu, need_grad_out, need_input, need_weight,
+            grad_out, input, weight, save_stats, eps, *operands, act, act_param,
+            need_grad_out, need_input, need_weight,
         )  # fmt: skip
         return *grads, *nothing
 
@@ -242,7 +268,9 @@ def _third_derivative(ctx: Any, grad_grads: tuple[Tensor | None, ...]) -> _Grads
     # function of the output, owes to input and weight as well.
     saved: list[Any] = list(ctx.saved_tensors)
     saved[:3] = (None if t is None else t.view_as(t) for t in saved[:3])
-    grads = _composed_backward(*saved, *ctx.eps_relu_needs)
+    eps, *rest = ctx.numbers
+    args = (*saved[:4], eps, *saved[4:], *rest)
+    grads = _composed_backward(*args)
     needs = ctx.needs_input_grad[:3]
     by = {
         g: gg for g, gg in zip(grads, grad_grads, strict=True) if g is not None and gg is not None
@@ -260,13 +288,15 @@ def _composed_backward(
     grad_out: Tensor,
     input: Tensor,
     weight: Tensor | None,
-    bias: Tensor | None,
-    relu_mask: Tensor | None,
     save_stats: Tensor | None,
+    eps: float,
     running_mean: Tensor | None,
     running_var: Tensor | None,
-    eps: float,
-    relu: bool,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    act: int,
+    act_param: float,
     need_input: bool,
     need_weight: bool,
     need_bias: bool,
@@ -286,15 +316,15 @@ def _composed_backward(
         var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
     invstd = torch.rsqrt(var + eps)
     normalized = (x - mean) * invstd
-    if relu:
+    if act:
         with torch.no_grad():
-            if relu_mask is None:
+            if mask is None:
                 output = normalized if weight is None else normalized * per_channel(weight)
                 blocked = (output if bias is None else output + per_channel(bias)) <= 0
             else:  # unpacked by the op: where a residual's gradient of ones gets through
                 blocked = TRACED.backward(
-                    torch.ones_like(input), input, weight, bias, relu_mask, save_stats,
-                    running_mean, running_var, eps, True, False, False, False, True,
+                    torch.ones_like(input), input, weight, save_stats, eps, running_mean,
+                    running_var, bias, None, mask, act, act_param, False, False, False, True,
                 )[3] == 0  # fmt: skip
         dy = dy.masked_fill(blocked, 0.0)
     grad_input = grad_weight = grad_bias = None

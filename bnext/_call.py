@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
 
+from bnext._activation import ACTIVATIONS, activate
 from bnext._autograd import apply, is_inference
 from bnext._detours import (
     NATIVE_TYPES,
@@ -48,7 +49,8 @@ def normalize(
     training: bool,
     momentum: float | None,
     eps: float,
-    relu: bool,
+    act: str | None,
+    act_param: float,
 ) -> Tensor:
     """What every function and module of bnext calls; the arguments of `BatchNormFunction`."""
     # Every instruction from here to the op counts: on small tensors the call is the cost.
@@ -62,7 +64,7 @@ def normalize(
     ):
         node: Tensor | None = fx_node(
             normalize, input, weight, bias, residual, running_mean, running_var,
-            num_batches_tracked, training, momentum, eps, relu,
+            num_batches_tracked, training, momentum, eps, act, act_param,
         )  # fmt: skip
         if node is not None:
             return node
@@ -70,7 +72,7 @@ def normalize(
         if detour is not None:
             return detour(
                 input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
-                training, momentum, eps, relu,
+                training, momentum, eps, act, act_param,
             )  # fmt: skip
     if (
         (training and input.shape[0] == 1)
@@ -81,6 +83,16 @@ def normalize(
         or running_var is None
     ):
         check_values(input, running_mean, running_var, training, momentum, eps)
+    added: tuple[Any, ...] = ()
+    if act is not None or residual is not None:
+        kind, _, devices = ACTIVATIONS[act]
+        if kind and input.device.type not in devices:
+            plain = normalize(
+                input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
+                training, momentum, eps, None, 0.0,
+            )  # fmt: skip
+            return activate(plain, act, act_param)
+        added = residual, kind, act_param
     try:
         if (
             is_grad_enabled()
@@ -96,25 +108,23 @@ def normalize(
         ):
             return apply(
                 input, weight, bias, residual,
-                (running_mean, running_var, num_batches_tracked, training, momentum, eps, relu),
+                (running_mean, running_var, num_batches_tracked, training, momentum, eps, act,
+                 act_param),
             )  # fmt: skip
-        output: Tensor
         if training:
             if num_batches_tracked is not None and is_inference(num_batches_tracked):
                 num_batches_tracked.add_(0)  # raises, unless in inference mode
-            output = train(
-                input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
-                momentum, eps, relu, False,
+            output: Tensor = train(
+                input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
+                *added,
             )[0]  # fmt: skip
         else:
-            output = inference(
-                input, weight, bias, residual, running_mean, running_var, eps, relu, False
-            )[0]
+            output = inference(input, weight, bias, running_mean, running_var, eps, *added)[0]
         return output
     except RuntimeError as error:
         return _after_refusal(
             error, input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
-            training, momentum, eps, relu,
+            training, momentum, eps, act, act_param,
         )  # fmt: skip
 
 

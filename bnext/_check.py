@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
+from bnext._activation import ACTIVATIONS
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -21,7 +23,6 @@ class Input(NamedTuple):
     channels: int
     empty: bool
     channels_last: bool
-    mask_shape: tuple[int, int]  # one bit per element, rows padded to whole bytes
 
 
 def fail(message: str) -> NoReturn:
@@ -46,6 +47,15 @@ def _known(condition: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # it loads sympy
 
     return guard_or_false(condition)
+
+
+def _always(condition: Any) -> bool:
+    """Whether a condition on sizes holds for all that they can be."""
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
 
 
 def _numel(sizes: Any) -> Any:
@@ -88,6 +98,17 @@ def check_given(name: str, tensor: Tensor | None) -> None:
         fail(f"{name}: expected a tensor, got None")
 
 
+def check_act(act: int, input: Tensor) -> str:
+    """A kind of activation, of those that the kernels take: what backward needs of it."""
+    check_given("input", input)
+    taken = {a.kind: (name or "none", a.needs) for name, a in ACTIVATIONS.items()
+             if input.device.type in a.devices}  # fmt: skip
+    if act not in taken:
+        kinds = ", ".join(f"{kind} ({name})" for kind, (name, _) in taken.items())
+        fail(f"act: expected a kind that the kernels take, one of {kinds}, got {act}")
+    return taken[act][1]
+
+
 def check_input(input: Tensor) -> Input:
     """The input, described."""
     check_given("input", input)
@@ -100,14 +121,20 @@ def check_input(input: Tensor) -> Input:
             "(input: expected float32, float64, bfloat16 or float16)"
         )
     n, c, hw = sizes[0], sizes[1] if len(sizes) > 1 else 0, _numel(sizes[2:])
-    channels_last = _is_channels_last(input)
+    return Input(input, c, _known(n * c * hw == 0), _is_channels_last(input))
+
+
+def mask_shape(x: Input, channels_last: bool) -> tuple[Any, Any]:
+    """One bit per element, rows of memory padded to whole bytes."""
+    sizes = x.tensor.shape
+    n, c, hw = sizes[0], x.channels, _numel(sizes[2:])
     if _known(c == 1):
         rows, width = 1, n * hw
     elif channels_last or _known(hw == 1):
         rows, width = n * hw, c
     else:
         rows, width = n * c, hw
-    return Input(input, c, _known(n * c * hw == 0), channels_last, (rows, (width + 7) // 8))
+    return rows, (width + 7) // 8
 
 
 def check_device(name: str, tensor: Tensor, x: Input) -> None:
@@ -213,14 +240,19 @@ def _got(tensor: Tensor) -> str:
 
 
 def check_mask(tensor: Tensor | None, x: Input) -> None:
-    """The signs of a ReLU."""
+    """Where the activation passes."""
     if tensor is None:
         return
-    check_device("relu_mask", tensor, x)
-    rows, row_bytes = x.mask_shape
-    message = f"relu_mask: expected contiguous Byte [{rows}, {row_bytes}], got {_got(tensor)}"
+    check_device("mask", tensor, x)
+    rows, row_bytes = mask_shape(x, x.channels_last)
+    message = f"mask: expected contiguous Byte [{rows}, {row_bytes}], got {_got(tensor)}"
     require(tensor.dtype == torch.uint8 and is_dense(tensor), message)
-    require(_numel(tensor.shape) == rows * row_bytes, message)
+    numel = _numel(tensor.shape)
+    # Inductor, where it gives a convolution's output another format, asks about that before it
+    # makes the copy in the format that the op was traced with.
+    other_rows, other_bytes = mask_shape(x, not x.channels_last)
+    if not (x.tensor.dim() in (4, 5) and _always(numel == other_rows * other_bytes)):
+        require(numel == rows * row_bytes, message)
 
 
 def check_save_stats(tensor: Tensor | None, x: Input) -> None:
@@ -232,6 +264,17 @@ def check_save_stats(tensor: Tensor | None, x: Input) -> None:
     require(tensor.dtype == torch.float64 and is_dense(tensor) and tensor.dim() == 2, message)
     require(tensor.shape[0] == 2, message)
     require(tensor.shape[1] == x.channels, message)
+
+
+def check_act_operands(
+    act: int, needs: str, residual: Tensor | None, mask: Tensor | None, had_residual: bool
+) -> None:
+    """What both derivatives need to find f'(z) where a residual was added."""
+    name = next(name or "none" for name, a in ACTIVATIONS.items() if a.kind == act)
+    if needs == "sign" and mask is None and (had_residual or residual is not None):
+        fail(f"mask: expected where a residual was added before {name}")
+    if needs == "sum" and residual is None and had_residual:
+        fail(f"residual: expected where one was added before {name}")
 
 
 def check_any_statistics(

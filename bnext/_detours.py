@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.utils._python_dispatch import _detect_infra_mode
 
+from bnext._activation import ACTIVATIONS, activate
 from bnext._autograd import refuse_gradients_of_statistics, traced_apply
 
 _is_tracing: Callable[[], bool] = torch.jit.is_tracing
@@ -92,7 +93,9 @@ def _counted_first(*args: Any) -> Tensor:
 def _traced(*args: Any) -> Tensor:
     """Our op, for Dynamo and functorch."""
     input, weight, bias, residual, running_mean, running_var, *rest = args
-    num_batches_tracked, training, momentum, eps, relu = rest
+    num_batches_tracked, training, momentum, eps, act, act_param = rest
+    if input.device.type not in ACTIVATIONS[act].devices:
+        return activate(_traced(*args[:-2], None, 0.0), act, act_param)
     if not (isinstance(momentum, float | int | None) and isinstance(eps, float | int)):
         # NumPy's scalars and tensors, which have no value yet: torch takes them, or refuses.
         return compose(*args)
@@ -106,7 +109,7 @@ def _traced(*args: Any) -> Tensor:
         residual = input.view_as(input)  # Dynamo takes no tensor twice
     return traced_apply(
         input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
-        training, momentum, eps, relu,
+        training, momentum, eps, act, act_param,
     )  # fmt: skip
 
 
@@ -121,7 +124,8 @@ def compose(
     training: bool,
     momentum: float | None,
     eps: float,
-    relu: bool,
+    act: str | None,
+    act_param: float,
 ) -> Tensor:
     """The same from ATen's operations, for whoever only knows those (TorchScript compiles it)."""
     if residual is not None and not _is_tracing():
@@ -143,7 +147,7 @@ def compose(
         num_batches_tracked.add_(1)
     if residual is not None:
         output = output + residual
-    return F.relu(output) if relu else output
+    return activate(output, act, act_param)
 
 
 def check_values(

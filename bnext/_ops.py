@@ -11,6 +11,8 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 from bnext._check import (
     Input,
+    check_act,
+    check_act_operands,
     check_any_statistics,
     check_counter,
     check_input,
@@ -21,6 +23,7 @@ from bnext._check import (
     check_statistic,
     dense_strides,
     fail,
+    mask_shape,
 )
 from bnext._extension import _C
 
@@ -63,8 +66,8 @@ def _output(x: Input) -> Tensor:
     )
 
 
-def _mask(x: Input, relu: bool, residual: Tensor | None) -> Tensor:
-    shape = x.mask_shape if relu and residual is not None else (0,)
+def _mask(x: Input, needs: str, residual: Tensor | None) -> Tensor:
+    shape = mask_shape(x, x.channels_last) if needs == "sign" and residual is not None else (0,)
     return x.tensor.new_empty(shape, dtype=torch.uint8)
 
 
@@ -73,15 +76,17 @@ def _fake_train(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     num_batches_tracked: Tensor | None,
     momentum: float | None,
     eps: float,
-    relu: bool,
-    save_mask: bool,
+    residual: Tensor | None = None,
+    act: int = 0,
+    act_param: float = 0.0,
+    save_mask: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
+    needs = check_act(act, input)
     x = check_input(input)
     check_statistic("running_mean", running_mean, x)
     check_statistic("running_var", running_var, x)
@@ -91,20 +96,22 @@ def _fake_train(
     if residual is not None:
         check_like_input("residual", residual, x)
     save_stats = input.new_empty((2, x.channels), dtype=torch.float64)
-    return _output(x), save_stats, _mask(x, relu, residual) if save_mask else None
+    return _output(x), save_stats, _mask(x, needs, residual) if save_mask else None
 
 
 def _fake_inference(
     input: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    residual: Tensor | None,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     eps: float,
-    relu: bool,
-    save_mask: bool,
+    residual: Tensor | None = None,
+    act: int = 0,
+    act_param: float = 0.0,
+    save_mask: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
+    needs = check_act(act, input)
     x = check_input(input)
     check_statistic("running_mean", running_mean, x, evaluates=True)
     check_statistic("running_var", running_var, x, evaluates=True)
@@ -112,30 +119,35 @@ def _fake_inference(
     check_param("bias", bias, x)
     if residual is not None:
         check_like_input("residual", residual, x)
-    return _output(x), _mask(x, relu, residual) if save_mask else None
+    return _output(x), _mask(x, needs, residual) if save_mask else None
 
 
 def _fake_backward(
     grad_out: Tensor,
     input: Tensor,
     weight: Tensor | None,
-    bias: Tensor | None,
-    relu_mask: Tensor | None,
     save_stats: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
     eps: float,
-    relu: bool,
-    need_input: bool,
-    need_weight: bool,
-    need_bias: bool,
-    need_residual: bool,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    act: int = 0,
+    act_param: float = 0.0,
+    need_input: bool = True,
+    need_weight: bool = True,
+    need_bias: bool = True,
+    need_residual: bool = False,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    needs = check_act(act, input)
     x = check_input(input)
     check_like_input("grad_out", grad_out, x)
     check_param("weight", weight, x)
     check_param("bias", bias, x)
-    check_mask(relu_mask, x)
+    if residual is not None:
+        check_like_input("residual", residual, x)
+    check_mask(mask, x)
     check_save_stats(save_stats, x)
     check_any_statistics(save_stats, running_mean, running_var, x)
     check_statistic("running_mean", running_mean, x)
@@ -143,8 +155,7 @@ def _fake_backward(
     shift = bias if bias is not None else weight
     if (need_weight and weight is None) or (need_bias and shift is None):
         fail("weight, bias: expected where their gradients are asked for")
-    if need_residual and relu_mask is None:
-        fail("relu_mask: expected where the residual's gradient is asked for")
+    check_act_operands(act, needs, residual, mask, need_residual)
     return (
         _output(x) if need_input else None,
         weight.new_empty(weight.shape) if need_weight and weight is not None else None,
@@ -161,17 +172,20 @@ def _fake_double_backward(
     grad_out: Tensor,
     input: Tensor,
     weight: Tensor | None,
-    bias: Tensor | None,
-    relu_mask: Tensor | None,
     save_stats: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
     eps: float,
-    relu: bool,
-    need_grad_out: bool,
-    need_input: bool,
-    need_weight: bool,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    act: int = 0,
+    act_param: float = 0.0,
+    need_grad_out: bool = True,
+    need_input: bool = True,
+    need_weight: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    needs = check_act(act, input)
     x = check_input(input)
     check_like_input("grad_grad_input", grad_grad_input, x)
     check_like_input("grad_out", grad_out, x)
@@ -187,7 +201,10 @@ def _fake_double_backward(
     check_any_statistics(save_stats, running_mean, running_var, x)
     if need_weight and weight is None:
         fail("weight: expected where its gradient is asked for")
-    check_mask(relu_mask, x)
+    if residual is not None:
+        check_like_input("residual", residual, x)
+    check_mask(mask, x)
+    check_act_operands(act, needs, residual, mask, grad_grad_residual is not None)
     return (
         _output(x) if need_grad_out else None,
         _output(x) if need_input else None,
@@ -205,7 +222,7 @@ def _train_with_negative_bit(*args: Any) -> Any:
     """The op where a tensor has the negative bit: torch's own fallback cannot write to one."""
     resolved = [a.resolve_neg() if isinstance(a, Tensor) else a for a in args]
     outputs = TRACED.train(*resolved)
-    for buffer, new in zip(args[4:7], resolved[4:7], strict=True):
+    for buffer, new in zip(args[3:6], resolved[3:6], strict=True):
         if buffer is not None and buffer.is_neg():
             buffer.copy_(new)
     return outputs

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bnext._activation import activate, check_activation, parameter
 from bnext._call import normalize
-from bnext.functional import is_relu
-from bnext.modules import add_by_its_rules, fx_leaf, statistics
+from bnext.modules import _BatchNormAct, add_by_its_rules, fx_leaf, statistics
 
 __all__ = ["SyncBatchNorm"]
 
@@ -24,8 +24,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     and activation follow unfused.
 
     Args:
-        act: ``"relu"``, or ``None`` for no activation. Default: ``None``. All others as in
-            :class:`torch.nn.SyncBatchNorm`.
+        act, act_param: as in :class:`bnext.BatchNormAct2d`. Default: ``None``, no activation. All
+            others as in :class:`torch.nn.SyncBatchNorm`.
 
     Shape:
         - Input: :math:`(N, C, *)`
@@ -37,14 +37,17 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         >>> model = bnext.SyncBatchNorm.convert_sync_batchnorm(model)
     """
 
-    def __init__(self, *args: Any, act: str | None = None, **kwargs: Any) -> None:
-        is_relu(act)  # raises
+    def __init__(
+        self, *args: Any, act: str | None = None, act_param: float | None = None, **kwargs: Any
+    ) -> None:
+        check_activation(act, act_param)
         super().__init__(*args, **kwargs)
-        self.act = act
+        self.act, self.act_param = act, act_param
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalise, add the residual and apply the activation."""
-        relu = is_relu(self.act)
+        check_activation(self.act, self.act_param)
+        act, act_param = self.act, parameter(self.act, self.act_param)
         if not isinstance(input, Proxy):
             self._check_input_dim(input)
             self._check_non_zero_input_channels(input)
@@ -55,13 +58,12 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         if (self.training and distributed) or not fits:
             norm = super().forward
             if residual is not None:
-                return add_by_its_rules(norm, statistics(self)[:3], input, residual, relu)
-            output = norm(input)
-            return output.relu() if relu else output
+                return add_by_its_rules(norm, statistics(self)[:3], input, residual, act, act_param)
+            return activate(norm(input), act, act_param)
         running_mean, running_var, num_batches_tracked, training = statistics(self)
         return normalize(
             input, self.weight, self.bias, residual, running_mean, running_var,
-            num_batches_tracked, training, self.momentum, self.eps, relu,
+            num_batches_tracked, training, self.momentum, self.eps, act, act_param,
         )  # fmt: skip
 
     def extra_repr(self) -> str:
@@ -87,7 +89,9 @@ class SyncBatchNorm(nn.SyncBatchNorm):
             # torch's makes a new module of each, with the parameters and buffers of the old.
             converted = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
             converted.__class__ = cls
-            vars(converted)["act"] = getattr(module, "act", None)
+            activated = isinstance(module, _BatchNormAct | SyncBatchNorm)
+            for name in ("act", "act_param"):
+                vars(converted)[name] = getattr(module, name) if activated else None
             module = converted
         for name, child in module.named_children():
             setattr(module, name, cls.convert_sync_batchnorm(child, process_group))

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
+from bnext._activation import activate, check_activation, parameter
 from bnext._autograd import BatchNormFunction
 from bnext._call import is_scripting, normalize
 from bnext._detours import ask_torch, compose, fx_node
@@ -52,6 +53,7 @@ def batch_norm_act(
     momentum: float = 0.1,
     eps: float = 1e-5,
     act: str | None = "relu",
+    act_param: float | None = None,
 ) -> Tensor:
     r"""Apply batch normalisation, add a residual and apply an activation, in one pass.
 
@@ -59,10 +61,10 @@ def batch_norm_act(
         y = \mathrm{act}\left(\frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma
         + \beta + \mathrm{residual}\right)
 
-    Equal to ``relu(batch_norm(input, ...) + residual)``, of which neither intermediate result is
-    written to memory; what backward needs of the activation is one bit per element, or nothing
-    where there is no residual. The normalisation is Algorithm 1 of `Ioffe & Szegedy, 2015
-    <https://arxiv.org/abs/1502.03167>`__.
+    Equal to ``act(batch_norm(input, ...) + residual)``, of which with ReLU neither intermediate
+    result is written to memory; what backward needs of it is one bit per element, or nothing where
+    there is no residual. The other activations follow in torch's operations. The normalisation is
+    Algorithm 1 of `Ioffe & Szegedy, 2015 <https://arxiv.org/abs/1502.03167>`__.
 
     Args:
         input: :math:`(N, C, *)` with up to three spatial dimensions.
@@ -74,7 +76,10 @@ def batch_norm_act(
         training: normalise by the statistics of the batch, not by the running ones.
         momentum: the weight of the batch in the running statistics.
         eps: added to the variance.
-        act: ``"relu"``, or ``None`` for no activation.
+        act: ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"hardswish"``, ``"gelu"``,
+            ``"gelu_tanh"``, ``"elu"``, ``"tanh"``, ``"sigmoid"``, or ``None`` for no activation.
+        act_param: the negative slope of ``"leaky_relu"`` (default 0.01), the alpha of ``"elu"``
+            (default 1.0).
 
     Shape:
         - Input, residual, output: :math:`(N, C)`, :math:`(N, C, L)`, :math:`(N, C, H, W)` or
@@ -84,8 +89,8 @@ def batch_norm_act(
         The normalised tensor, of :attr:`input`'s dtype.
 
     Raises:
-        ValueError: :attr:`act` is unknown, :attr:`eps` is not positive, or in training there is
-            one value per channel only.
+        ValueError: :attr:`act` is unknown or takes no :attr:`act_param`, :attr:`eps` is not
+            positive, or in training there is one value per channel only.
         RuntimeError: shapes, dtypes or devices do not fit together.
 
     Example::
@@ -96,16 +101,17 @@ def batch_norm_act(
     if is_scripting():
         return compose(
             input, weight, bias, residual, running_mean, running_var, None,
-            training, momentum, eps, act is not None,
+            training, momentum, eps, act, parameter(act, act_param),
         )  # fmt: skip
     else:  # noqa: RET505  (the script compiler leaves out an else, not what follows)
         if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
             node: Tensor | None = fx_node(
                 batch_norm_act, input, running_mean, running_var, weight, bias, residual,
-                training, momentum, eps, act,
+                training, momentum, eps, act, act_param,
             )  # fmt: skip
             if node is not None:
                 return node
+        check_activation(act, act_param)
         if not (
             isinstance(input, Tensor)
             and isinstance(running_mean, _TENSOR_OR_NONE)
@@ -121,7 +127,7 @@ def batch_norm_act(
                 output = F.batch_norm(
                     input, running_mean, running_var, weight, bias, training, momentum, eps
                 )
-                return output.relu() if is_relu(act) else output
+                return activate(output, act, parameter(act, act_param))
             if input.dim() == 1 and running_mean is None and running_var is None:
                 raise IndexError(
                     "Dimension out of range (expected to be in range of [-1, 0], but got 1): "
@@ -129,12 +135,5 @@ def batch_norm_act(
                 )
         return normalize(
             input, weight, bias, residual, running_mean, running_var, None,
-            training, momentum, eps, is_relu(act),
+            training, momentum, eps, act, parameter(act, act_param),
         )  # fmt: skip
-
-
-def is_relu(act: str | None) -> bool:
-    """Whether an activation is ReLU rather than none; any other is an error."""
-    if act is not None and act != "relu":
-        raise ValueError(f"act must be 'relu' or None, but got {act!r}")
-    return act is not None

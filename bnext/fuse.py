@@ -56,7 +56,7 @@ def batch_norm_relu(
         # Adding in place does not promote.
         and (not add_in_place or cast(Tensor, residual).dtype == input.dtype)
     ):
-        return cast(modules._BatchNorm, bn)._normalize(input, residual, True)
+        return cast(modules._BatchNorm, bn)._normalize(input, residual, "relu", 0.0)
     output = bn(input)
     if residual is not None:
         output = (operator.iadd if add_in_place else operator.add)(output, residual)

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from bnext._activation import ACTIVATIONS, check_activation
 from bnext._ops import _C, DOUBLE_BACKWARD_DEVICES
-from bnext.functional import is_relu
 
 __all__ = ["GPUS", "CudaInfo", "Explanation", "build_info", "explain"]
 
@@ -92,7 +92,7 @@ def explain(
         training: whether it normalises by batch statistics.
         device: where the input is: ``"cpu"``, a GPU of this machine (``"cuda"``, ``"cuda:1"``), or
             the numbers of any GPU (one of :data:`GPUS`, or a :class:`CudaInfo`).
-        act: the activation, ``"relu"`` or ``None``.
+        act: the activation, a name or ``None``; see :func:`bnext.functional.batch_norm_act`.
         residual: whether a residual is added.
         num_threads: on the CPU, as if torch had that many; its own number by default.
 
@@ -117,13 +117,15 @@ def explain(
     ):
         raise ValueError(f"no tensor of {len(shape)} dimensions is in {memory_format}")
     info = device if isinstance(device, CudaInfo) else _device_info(device, num_threads)
-    relu = is_relu(act)
+    check_activation(act, None)
+    device_type = "cuda" if isinstance(info, CudaInfo) else "cpu"
+    fused = act if device_type in ACTIVATIONS[act].devices else None
 
     def plan(stage: str) -> Any:
         problem = (
             shape[0], shape[1], math.prod(shape[2:]),
             memory_format is not torch.contiguous_format,
-            _name(dtype), f"{'train' if training else 'eval'}_{stage}", relu, residual,
+            _name(dtype), f"{'train' if training else 'eval'}_{stage}", fused or "none", residual,
         )  # fmt: skip
         if isinstance(info, CudaInfo):
             return _C.plan_cuda(*problem, info)
@@ -131,12 +133,13 @@ def explain(
 
     return Explanation(
         tuple(shape), dtype, memory_format, training, act, residual, info,
-        plan("forward"), plan("backward"), _notes(training),
+        plan("forward"), plan("backward"), _notes(training, act if act != fused else None),
     )  # fmt: skip
 
 
-def _notes(training: bool) -> tuple[str, ...]:
+def _notes(training: bool, unfused: str | None) -> tuple[str, ...]:
     """What goes to ATen's kernels on purpose; `bnext._detours` is where."""
+    composed = f"{unfused} is ATen's operation, after the kernel, whose bytes these are"
     compiled = (
         "torch.compile and torch.export keep this op"
         if training
@@ -144,6 +147,7 @@ def _notes(training: bool) -> tuple[str, ...]:
         "fold into the convolution before"
     )
     return (
+        *([composed] if unfused else []),
         compiled,
         "ATen runs torch.jit's script and trace, forward-mode AD, torch.func's vmap and jvp, "
         "tensor subclasses (DTensor, ...), devices and layouts without kernels (xpu, mkldnn)",

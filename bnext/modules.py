@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
+from bnext._activation import activate, check_activation, parameter
 from bnext._call import is_scripting, normalize, tracing_state
 from bnext._detours import compose, undone_on_error
-from bnext.functional import is_relu
 
 __all__ = [
     "BatchNorm1d",
@@ -62,7 +62,8 @@ def add_by_its_rules(
     state: Sequence[Tensor | None],
     input: Tensor,
     residual: Tensor,
-    relu: bool,
+    act: str | None,
+    act_param: float,
 ) -> Tensor:
     """Activate ``norm(input) + residual`` where no op fuses the addition, all or nothing."""
     if torch.compiler.is_compiling():  # which would have refused it by now
@@ -72,7 +73,7 @@ def add_by_its_rules(
         torch._C._infer_size(input.shape, residual.shape)
         with undone_on_error(*state):
             output = norm(input) + residual
-    return output.relu() if relu else output
+    return activate(output, act, act_param)
 
 
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
@@ -91,21 +92,23 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
                 running_mean, running_var = buffers["running_mean"], buffers["running_var"]
                 num_batches_tracked = buffers["num_batches_tracked"] if training else None
             except KeyError:  # pruned, parametrised, or not needed
-                return self._normalize(input, None, False)
+                return self._normalize(input, None, None, 0.0)
             if self.track_running_stats if training else running_mean is not None:
                 return normalize(
                     input, weight, bias, None, running_mean, running_var, num_batches_tracked,
-                    training, self.momentum, self.eps, False,
+                    training, self.momentum, self.eps, None, 0.0,
                 )  # fmt: skip
-        return self._normalize(input, None, False)
+        return self._normalize(input, None, None, 0.0)
 
     def _scripted_forward(self, input: Tensor) -> Tensor:
-        return self._compose(input, None, False)
+        return self._compose(input, None, None, 0.0)
 
     # torch.jit.script, which knows no `try`, compiles a function that is wrapped in its place.
     forward.__wrapped__ = _scripted_forward  # type: ignore[attr-defined]
 
-    def _compose(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    def _compose(
+        self, input: Tensor, residual: Tensor | None, act: str | None, act_param: float
+    ) -> Tensor:
         self._check_input_dim(input)
         tracked = not self.training or self.track_running_stats
         return compose(
@@ -119,11 +122,14 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             self.training or (self.running_mean is None and self.running_var is None),
             self.momentum,
             self.eps,
-            relu,
+            act,
+            act_param,
         )
 
     @torch.jit.unused
-    def _normalize(self, input: Tensor, residual: Tensor | None, relu: bool) -> Tensor:
+    def _normalize(
+        self, input: Tensor, residual: Tensor | None, act: str | None, act_param: float
+    ) -> Tensor:
         if type(input) is not Tensor and isinstance(input, Proxy):
             if getattr(input.tracer, "root", None) is not self:
                 return fx_leaf(self, input, residual)
@@ -135,8 +141,8 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
                 and (residual.shape != input.shape or residual.dtype != input.dtype)
             ):
                 return add_by_its_rules(
-                    lambda x: self._normalize(x, None, False), statistics(self)[:3],
-                    input, residual, relu,
+                    lambda x: self._normalize(x, None, None, 0.0), statistics(self)[:3],
+                    input, residual, act, act_param,
                 )  # fmt: skip
         try:
             weight, bias = self._parameters["weight"], self._parameters["bias"]
@@ -145,7 +151,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         running_mean, running_var, num_batches_tracked, training = statistics(self)
         return normalize(
             input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
-            training, self.momentum, self.eps, relu,
+            training, self.momentum, self.eps, act, act_param,
         )  # fmt: skip
 
 
@@ -234,8 +240,9 @@ class LazyBatchNorm3d(_BatchNorm, torch.nn.LazyBatchNorm3d):
 class _BatchNormAct(_BatchNorm):
     """The activation and the residual."""
 
-    __constants__ = [*torch.nn.BatchNorm2d.__constants__, "act"]  # noqa: RUF012
+    __constants__ = [*torch.nn.BatchNorm2d.__constants__, "act", "act_param"]  # noqa: RUF012
     act: str | None
+    act_param: float | None = None  # what was pickled before there was one has none
 
     def __init__(
         self,
@@ -249,24 +256,29 @@ class _BatchNormAct(_BatchNorm):
         *,
         bias: bool = True,
         act: str | None = "relu",
+        act_param: float | None = None,
     ) -> None:
-        is_relu(act)  # raises
+        check_activation(act, act_param)
         # Only where asked for: torch before 2.13 has no such argument, and says so.
         optional: dict[str, Any] = {} if bias else {"bias": False}
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **optional
         )
-        self.act = act
+        self.act, self.act_param = act, act_param
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalise a batch, add :attr:`residual` and apply the activation; see the class."""
         if is_scripting():
-            return self._compose(input, residual, self.act is not None)
+            param = parameter(self.act, self.act_param)
+            return self._compose(input, residual, self.act, param)
         else:  # noqa: RET505  (the script compiler leaves out an else, not what follows)
-            return self._normalize(input, residual, is_relu(self.act))
+            act, act_param = self.act, self.act_param
+            check_activation(act, act_param)
+            return self._normalize(input, residual, act, parameter(act, act_param))
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, act={self.act!r}"
+        param = "" if self.act_param is None else f", act_param={self.act_param}"
+        return f"{super().extra_repr()}, act={self.act!r}{param}"
 
 
 class BatchNormAct1d(_BatchNormAct, BatchNorm1d):
@@ -289,13 +301,13 @@ class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
         y = \mathrm{act}\left(\frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma
         + \beta + \mathrm{residual}\right)
 
-    In place of ``relu(bn(x) + residual)`` or ``relu(bn(x))``: neither the normalised tensor nor
-    the sum is written to memory. A :class:`bnext.BatchNorm2d` with the same parameters, buffers and
-    ``state_dict``.
+    In place of ``act(bn(x) + residual)`` or ``act(bn(x))``: with ReLU neither the normalised tensor
+    nor the sum is written to memory; other activations follow in torch's operations. A
+    :class:`bnext.BatchNorm2d` with the same parameters, buffers and ``state_dict``.
 
     Args:
         num_features: :math:`C`, as in :class:`torch.nn.BatchNorm2d`, as is all that follows but
-            :attr:`act`
+            :attr:`act` and :attr:`act_param`
         eps: added to the variance. Default: 1e-5
         momentum: the weight of the batch in the running statistics; ``None`` for their cumulative
             average. Default: 0.1
@@ -304,7 +316,10 @@ class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
         device: where the parameters are
         dtype: the type of the parameters
         bias: whether there is a :math:`\beta` (from torch 2.13 on). Default: ``True``
-        act: ``"relu"``, or ``None`` for no activation. Default: ``"relu"``
+        act: a name, or ``None`` for no activation; see :func:`bnext.functional.batch_norm_act`.
+            Default: ``"relu"``
+        act_param: the negative slope of ``"leaky_relu"``, the alpha of ``"elu"``; ``None`` for
+            torch.nn's default
 
     Shape:
         - Input: :math:`(N, C, H, W)`
@@ -313,7 +328,8 @@ class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
         - Output: as the input, in its memory format
 
     Raises:
-        ValueError: :attr:`act` is unknown; else as :class:`torch.nn.BatchNorm2d`.
+        ValueError: :attr:`act` is unknown or takes no :attr:`act_param`; else as
+            :class:`torch.nn.BatchNorm2d`.
 
     .. warning::
         What replaces a batch norm by its type or attributes, such as

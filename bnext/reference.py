@@ -6,10 +6,29 @@ norm: the tests, `bnext.verify` and the benchmarks all measure against this file
 sum of the absolute terms that make up a value.
 """
 
+import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# f(z, param) by name, from its definition. A NaN passes: not clamp, nor maximum.
+ACTIVATIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
+    None: lambda z, _: z,
+    "relu": lambda z, _: torch.where(z <= 0, 0.0, z),
+    "relu6": lambda z, _: torch.where(z <= 0, 0.0, torch.where(z >= 6, 6.0, z)),
+    "leaky_relu": lambda z, slope: torch.where(z <= 0, slope * z, z),
+    "silu": lambda z, _: z / (1 + torch.exp(-z)),
+    "hardswish": lambda z, _: z * torch.where(z <= -3, 0.0, torch.where(z >= 3, 6.0, z + 3)) / 6,
+    "gelu": lambda z, _: z * torch.erfc(-z / math.sqrt(2)) / 2,
+    "gelu_tanh": lambda z, _: (
+        z * (1 + torch.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) / 2
+    ),
+    "elu": lambda z, alpha: torch.where(z <= 0, alpha * torch.expm1(z.clamp(max=0)), z),
+    "tanh": lambda z, _: torch.sinh(z.clamp(-20, 20)) / torch.cosh(z.clamp(-20, 20)),
+    "sigmoid": lambda z, _: 1 / (1 + torch.exp(-z)),
+}
 
 # A stored mean is off by a unit of rounding or two: the 8 that `bound` counts would be too much.
 MEAN_ROUNDING = 1 / 4
@@ -76,7 +95,8 @@ def forward(
     residual: Tensor | None = None,  # [N, C, *]
     stats: tuple[Tensor, Tensor] | None = None,  # mean, var: [C], [C]; None: the batch's
     eps: float = 1e-5,
-    relu: bool = False,
+    act: str | None = None,
+    act_param: float = 0.0,
 ) -> Forward:
     """The output is act((x - mean) / sqrt(var + eps) * weight + bias + residual)."""
     mean, var = batch_stats(x) if stats is None else (stats[0].double(), stats[1].double())
@@ -89,9 +109,7 @@ def forward(
     for term in (None if bias is None else per_channel(bias, x), residual):
         if term is not None:
             pre, magnitude = pre + term.double(), magnitude + term.double().abs()
-    # Not clamp(min=0): a NaN stays.
-    output = torch.where(pre <= 0, torch.zeros_like(pre), pre) if relu else pre
-    return Forward(output, pre, mean, invstd, magnitude)
+    return Forward(ACTIVATIONS[act](pre, act_param), pre, mean, invstd, magnitude)
 
 
 def backward(
@@ -139,7 +157,8 @@ def results(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Value and magnitude of a step's results, by name; `active` is None where there is no ReLU."""
     stats = None if training else (t.running_mean, t.running_var)
-    y = forward(t.x, t.weight, t.bias, t.residual, stats, eps, active is not None)
+    act = None if active is None else "relu"
+    y = forward(t.x, t.weight, t.bias, t.residual, stats, eps, act)
     d = backward(t.grad_out, t.x, t.weight, stats, eps, active)
     mean, var = t.running_mean.double(), t.running_var.double()
     mean_magnitude = mean.abs()

@@ -113,7 +113,7 @@ def run(t: Operands, case: Case) -> Results:
     t = Operands(*t[:5], *(own.clone() for own in t[5:]))
     output = normalize(
         t.x, t.weight, t.bias, t.residual, t.running_mean, t.running_var, t.num_batches_tracked,
-        case.training, MOMENTUM, EPS, case.relu,
+        case.training, MOMENTUM, EPS, "relu" if case.relu else None, 0.0,
     )  # fmt: skip
     wanted = [tensor for tensor in t[:4] if tensor is not None]
     gradients = torch.autograd.grad(output, wanted, t.grad_out)

@@ -1,10 +1,67 @@
-// What follows the normalisation: y = act(z). Written once, for device scalars and for whatever
-// vectors the host has: those bring operator<=, operator! and keep() of their own.
+// The activation: y = f(z), z = bn(x) + residual. Its kinds, what backward needs of each, which
+// backend's kernels take it, and f itself, for device scalars and for whatever vectors the host
+// has: those bring operator<=, operator! and keep() of their own. Includes the standard library
+// only.
 #pragma once
 
-#include "problem.h"
+#include <cstddef>
+#include <cstdint>
+#include <iterator>
+
+// Small functions of host and device, inline on both: gcc left some out of line.
+#ifdef __CUDACC__
+#define BNEXT_HD __host__ __device__
+#else
+#define BNEXT_HD [[gnu::always_inline]]
+#endif
 
 namespace bnext {
+
+enum class Act : uint8_t {
+  kNone,
+  kRelu,
+  kRelu6,
+  kLeakyRelu,
+  kSilu,
+  kHardswish,
+  kGelu,
+  kGeluTanh,
+  kElu,
+  kTanh,
+  kSigmoid,
+};
+
+// What backward needs to know of z: where f' takes which of two values (a bit, kept in a mask
+// where there is a residual), or z itself (computed again from the input and the residual).
+enum class Needs : uint8_t { kNothing, kSign, kSum };
+
+struct ActTraits {
+  const char* name;
+  Needs needs;
+  bool on_cpu, on_cuda;  // the kernels take it; elsewhere torch's operation follows them
+};
+
+// In the order of Act.
+inline constexpr ActTraits kActs[] = {
+    {"none", Needs::kNothing, true, true},  {"relu", Needs::kSign, true, true},
+    {"relu6", Needs::kSign, false, false},  {"leaky_relu", Needs::kSign, false, false},
+    {"silu", Needs::kSum, false, false},    {"hardswish", Needs::kSum, false, false},
+    {"gelu", Needs::kSum, false, false},    {"gelu_tanh", Needs::kSum, false, false},
+    {"elu", Needs::kSum, false, false},     {"tanh", Needs::kSum, false, false},
+    {"sigmoid", Needs::kSum, false, false},
+};
+inline constexpr Act kLastAct = static_cast<Act>(std::size(kActs) - 1);
+static_assert(kLastAct == Act::kSigmoid);
+
+constexpr const ActTraits& traits(Act a) {
+  return kActs[static_cast<size_t>(a)];
+}
+constexpr const char* to_string(Act a) {
+  return traits(a).name;
+}
+constexpr const char* to_string(Needs n) {
+  return n == Needs::kNothing ? "nothing" : n == Needs::kSign ? "sign" : "sum";
+}
 
 // Whether z passes the activation; NaN does, as in torch.
 template <class T>
@@ -17,7 +74,7 @@ BNEXT_HD inline T keep(bool passed, T z) {
   return passed ? z : T(0);
 }
 
-// act(z), and dy times act'(z), by whether z passed.
+// f(z), and dy times f'(z), by whether z passed.
 template <Act kAct, class Passed, class T>
 BNEXT_HD inline T activate(const Passed& passed, const T& z) {
   static_assert(kAct == Act::kRelu);

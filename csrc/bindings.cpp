@@ -18,34 +18,34 @@ namespace {
 
 // `residual`: the forward adds one, and saves a mask unless no backward is to come.
 Problem make_problem(int64_t n, int64_t c, int64_t hw, bool channels_last, const std::string& dtype,
-                     const std::string& stage, bool relu, bool residual, bool need_input,
-                     bool need_params, bool save_mask, bool need_residual) {
+                     const std::string& stage, const std::string& act, bool residual,
+                     bool need_input, bool need_params, bool save_mask, bool need_residual) {
   if (n < 1 || c < 1 || hw < 1) throw py::value_error("n, c, hw: expected at least 1");
-  const Stage parsed = parse(
-      "stage", stage,
-      {Stage::kTrainForward, Stage::kEvalForward, Stage::kTrainBackward, Stage::kEvalBackward});
-  const DType parsed_dtype =
-      parse("dtype", dtype, {DType::kFloat32, DType::kFloat64, DType::kBFloat16, DType::kFloat16});
+  const Stage parsed = parse("stage", stage, Stage::kTrainForward, Stage::kEvalBackward);
+  const DType parsed_dtype = parse("dtype", dtype, DType::kFloat32, DType::kFloat16);
+  const Act parsed_act = parse("act", act, Act::kNone, kLastAct);
+  const Needs needs = traits(parsed_act).needs;
   const bool backward = is_backward(parsed);
-  return canonical({parsed, n, c, hw, channels_last, parsed_dtype, relu ? Act::kRelu : Act::kNone,
-                    residual && !backward, relu && residual && (save_mask || backward),
+  return canonical({parsed, n, c, hw, channels_last, parsed_dtype, parsed_act,
+                    residual && (!backward || needs == Needs::kSum),
+                    needs == Needs::kSign && residual && (save_mask || backward),
                     need_input || !backward, need_params || !backward,
                     residual && need_residual && backward});
 }
 
 CpuPlan plan(int64_t n, int64_t c, int64_t hw, bool channels_last, const std::string& dtype,
-             const std::string& stage, bool relu, bool residual, const CpuInfo& device,
+             const std::string& stage, const std::string& act, bool residual, const CpuInfo& device,
              bool need_input, bool need_params, bool save_mask, bool need_residual) {
-  return plan_cpu(make_problem(n, c, hw, channels_last, dtype, stage, relu, residual, need_input,
+  return plan_cpu(make_problem(n, c, hw, channels_last, dtype, stage, act, residual, need_input,
                                need_params, save_mask, need_residual),
                   device);
 }
 
 CudaPlan plan_on_cuda(int64_t n, int64_t c, int64_t hw, bool channels_last,
-                      const std::string& dtype, const std::string& stage, bool relu, bool residual,
-                      const CudaInfo& device, bool need_input, bool need_params, bool save_mask,
-                      int alignment, bool need_residual) {
-  Problem problem = make_problem(n, c, hw, channels_last, dtype, stage, relu, residual, need_input,
+                      const std::string& dtype, const std::string& stage, const std::string& act,
+                      bool residual, const CudaInfo& device, bool need_input, bool need_params,
+                      bool save_mask, int alignment, bool need_residual) {
+  Problem problem = make_problem(n, c, hw, channels_last, dtype, stage, act, residual, need_input,
                                  need_params, save_mask, need_residual);
   problem.alignment = alignment;
   return plan_cuda(problem, device, cuda_choice_of_environment());
@@ -90,6 +90,19 @@ void def_plan(py::module_& m, const char* name) {
   });
 }
 
+// By name: the kind, what backward needs, and the devices whose kernels take it.
+py::dict activations() {
+  py::dict all;
+  for (int64_t kind = 0; kind < std::ssize(kActs); ++kind) {
+    const ActTraits& act = kActs[kind];
+    py::set devices;
+    if (act.on_cpu) devices.add("cpu");
+    if (act.on_cuda) devices.add("cuda");
+    all[act.name] = py::make_tuple(kind, to_string(act.needs), devices);
+  }
+  return all;
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = BNEXT_VERSION;
@@ -109,18 +122,18 @@ py::dict build_info() {
 PYBIND11_MODULE(_C, m) {
   using namespace bnext;
   m.doc() = "bnext's compiled part; its ops are torch.ops.bnext";
+  m.def("activations", &activations);
   m.def("build_info", &build_info);
   m.def("cpu_device_info", &cpu_info, py::arg("threads"));
   m.def("cuda_device_info", &cuda_device_info, py::arg("device"));
   m.def("plan", &plan, py::arg("n"), py::arg("c"), py::arg("hw"), py::arg("channels_last"),
-        py::arg("dtype"), py::arg("stage"), py::arg("relu"), py::arg("residual"), py::arg("device"),
+        py::arg("dtype"), py::arg("stage"), py::arg("act"), py::arg("residual"), py::arg("device"),
         py::arg("need_input") = true, py::arg("need_params") = true, py::arg("save_mask") = true,
         py::arg("need_residual") = true);
 
   py::class_<CpuInfo>(m, "DeviceInfo")
       .def(py::init([](const std::string& isa, int threads, int64_t l1, int64_t l2, int64_t l3) {
-             return CpuInfo{parse("isa", isa, {Isa::kDefault, Isa::kAvx2, Isa::kAvx512}), threads,
-                            l1, l2, l3};
+             return CpuInfo{parse("isa", isa, Isa::kDefault, Isa::kAvx512), threads, l1, l2, l3};
            }),
            py::arg("isa"), py::arg("threads"), py::arg("l1_bytes"), py::arg("l2_bytes"),
            py::arg("l3_bytes"))
@@ -133,7 +146,7 @@ PYBIND11_MODULE(_C, m) {
   def_plan<CpuPlan>(m, "Plan");
 
   m.def("plan_cuda", &plan_on_cuda, py::arg("n"), py::arg("c"), py::arg("hw"),
-        py::arg("channels_last"), py::arg("dtype"), py::arg("stage"), py::arg("relu"),
+        py::arg("channels_last"), py::arg("dtype"), py::arg("stage"), py::arg("act"),
         py::arg("residual"), py::arg("device"), py::arg("need_input") = true,
         py::arg("need_params") = true, py::arg("save_mask") = true, py::arg("alignment") = 16,
         py::arg("need_residual") = true);

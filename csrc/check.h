@@ -12,8 +12,18 @@ inline void check_given(const char* name, const Tensor& t) {
   BNEXT_CHECK(t.defined(), name, ": expected a tensor, got None");
 }
 
+// A kind of activation, of those that the kernels of a backend take.
+inline Act check_act(int64_t act, bool ActTraits::* on_backend) {
+  if (act >= 0 && act < std::ssize(kActs) && kActs[act].*on_backend) return static_cast<Act>(act);
+  std::string taken;
+  for (int64_t i = 0; i < std::ssize(kActs); ++i)
+    if (kActs[i].*on_backend)
+      taken += (i ? ", " : "") + std::to_string(i) + " (" + kActs[i].name + ")";
+  fail("bnext: act: expected a kind that the kernels take, one of ", taken, ", got ", act);
+}
+
 // An empty tensor of one dimension passes, as in torch: it has no channels.
-inline Input check_input(const Tensor& input, Stage stage, bool relu) {
+inline Input check_input(const Tensor& input, Stage stage, Act act) {
   check_given("input", input);
   const auto sizes = input.sizes();
   const auto dim = static_cast<int64_t>(sizes.size());
@@ -26,9 +36,8 @@ inline Input check_input(const Tensor& input, Stage stage, bool relu) {
   for (int64_t d = 2; d < dim; ++d) hw *= sizes[d];
   const bool contiguous = is_dense(input, false);
   const bool channels_last = !contiguous && is_channels_last(input);
-  const Problem p{stage,         sizes[0], dim > 1 ? sizes[1] : 0,         hw,
-                  channels_last, *dtype,   relu ? Act::kRelu : Act::kNone, false,
-                  false};
+  const Problem p{stage, sizes[0], dim > 1 ? sizes[1] : 0, hw, channels_last, *dtype, act,
+                  false, false};
   return {contiguous ? input : as_dense(input, channels_last), device_of(input), canonical(p),
           channels_last};
 }
@@ -53,6 +62,11 @@ inline Tensor check_like_input(const char* name, const Tensor& t, const Input& x
   BNEXT_CHECK(same, name, ": expected input's shape ", shape_string(x.tensor), ", got ",
               shape_string(t));
   return as_dense(t, x.channels_last);
+}
+
+inline OptionalTensor check_like_input(const char* name, const OptionalTensor& t, const Input& x) {
+  if (!t) return std::nullopt;
+  return check_like_input(name, *t, x);
 }
 
 // Elements between one value of t and the next, whatever its shape; nothing where that varies.
@@ -136,11 +150,11 @@ inline void check_counter(const OptionalTensor& t, const Input& x) {
 
 inline const uint8_t* check_mask(const OptionalTensor& t, const Input& x) {
   if (!t) return nullptr;
-  check_device("relu_mask", *t, x);
+  check_device("mask", *t, x);
   const Problem& p = x.problem;
   BNEXT_CHECK(dtype_code(*t) == aoti_torch_dtype_uint8() && is_dense(*t, false) &&
                   t->numel() == p.mask_rows() * p.mask_row_bytes(),
-              "relu_mask: expected contiguous Byte [", p.mask_rows(), ", ", p.mask_row_bytes(),
+              "mask: expected contiguous Byte [", p.mask_rows(), ", ", p.mask_row_bytes(),
               "], got ", is_dense(*t, false) ? "" : "strided ", type_name(*t), " ",
               shape_string(*t));
   return static_cast<const uint8_t*>(t->const_data_ptr());
@@ -155,6 +169,15 @@ inline const double* check_save_stats(const OptionalTensor& t, const Input& x) {
               "save_stats: expected contiguous Double [2, ", c, "], got ",
               is_dense(*t, false) ? "" : "strided ", type_name(*t), " ", shape_string(*t));
   return static_cast<const double*>(t->const_data_ptr());
+}
+
+// What both derivatives need to find f'(z) where a residual was added.
+inline void check_act_operands(bool residual, bool mask, bool had_residual, const Input& x) {
+  const Act act = x.problem.act;
+  BNEXT_CHECK(mask || !(residual || had_residual) || traits(act).needs != Needs::kSign,
+              "mask: expected where a residual was added before ", to_string(act));
+  BNEXT_CHECK(residual || !had_residual || traits(act).needs != Needs::kSum,
+              "residual: expected where one was added before ", to_string(act));
 }
 
 // What both derivatives ask for: the batch's statistics, or else the running ones.

@@ -2,6 +2,7 @@
 // LibTorch stable ABI.
 //
 // A backend has
+//   takes                                  which activations: a member of ActTraits
 //   allocate_output(input)                 uninitialised memory for an output of the input's shape
 //   run(args, input)                       the call, on the input's device
 //   count(num_batches_tracked, input)      adds 1 where that memory is
@@ -17,32 +18,31 @@ template <class Backend>
 struct Ops {
   static std::tuple<Tensor, Tensor, Tensor> batch_norm_train(
       const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-      const OptionalTensor& residual, const OptionalTensor& running_mean,
-      const OptionalTensor& running_var, const OptionalTensor& num_batches_tracked,
-      std::optional<double> momentum, double eps, bool relu, bool save_mask) {
-    Input x = check_input(input, Stage::kTrainForward, relu);
-    x.problem.residual = residual.has_value();
-    x.problem.has_mask = relu && residual && save_mask;
+      const OptionalTensor& running_mean, const OptionalTensor& running_var,
+      const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
+      const OptionalTensor& residual, int64_t act, double act_param, bool save_mask) {
+    Input x = check_input(input, Stage::kTrainForward, check_act(act, Backend::takes));
     ForwardArgs args{};
     check_statistic("running_mean", running_mean, x);
     check_statistic("running_var", running_var, x);
     args.weight = check_param("weight", weight, x);
     args.bias = check_param("bias", bias, x);
     check_counter(num_batches_tracked, x);
-    const OptionalTensor z =
-        residual ? OptionalTensor(check_like_input("residual", *residual, x)) : std::nullopt;
+    const OptionalTensor z = check_like_input("residual", residual, x);
+    set_activation(x.problem, z.has_value(), save_mask);
 
     Tensor output = Backend::allocate_output(x);
     Tensor save_stats = allocate_save_stats(x);
     Tensor mask = save_mask ? allocate_mask(x) : Tensor();
     args.input = x.tensor.const_data_ptr();
-    args.residual = z ? z->const_data_ptr() : nullptr;
+    args.residual = data(z);
     args.output = output.mutable_data_ptr();
-    args.relu_mask = x.problem.has_mask ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
+    args.mask = x.problem.has_mask ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
     args.save_stats = static_cast<double*>(save_stats.mutable_data_ptr());
     args.momentum = momentum.value_or(0);
     args.cumulative = !momentum;
     args.eps = eps;
+    args.act_param = act_param;
     args.num_batches_tracked = num_batches_tracked
                                    ? static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr())
                                    : nullptr;
@@ -59,53 +59,54 @@ struct Ops {
 
   static std::tuple<Tensor, Tensor> batch_norm_inference(
       const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
-      const OptionalTensor& residual, const Tensor& running_mean, const Tensor& running_var,
-      double eps, bool relu, bool save_mask) {
-    Input x = check_input(input, Stage::kEvalForward, relu);
-    x.problem.residual = residual.has_value();
-    x.problem.has_mask = relu && residual && save_mask;
+      const Tensor& running_mean, const Tensor& running_var, double eps,
+      const OptionalTensor& residual, int64_t act, double act_param, bool save_mask) {
+    Input x = check_input(input, Stage::kEvalForward, check_act(act, Backend::takes));
     ForwardArgs args{};
     args.frozen_mean = check_eval_statistic("running_mean", running_mean, x);
     args.frozen_var = check_eval_statistic("running_var", running_var, x);
     args.weight = check_param("weight", weight, x);
     args.bias = check_param("bias", bias, x);
-    const OptionalTensor z =
-        residual ? OptionalTensor(check_like_input("residual", *residual, x)) : std::nullopt;
+    const OptionalTensor z = check_like_input("residual", residual, x);
+    set_activation(x.problem, z.has_value(), save_mask);
 
     Tensor output = Backend::allocate_output(x);
     Tensor mask = save_mask ? allocate_mask(x) : Tensor();
     args.input = x.tensor.const_data_ptr();
-    args.residual = z ? z->const_data_ptr() : nullptr;
+    args.residual = data(z);
     args.output = output.mutable_data_ptr();
-    args.relu_mask = x.problem.has_mask ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
+    args.mask = x.problem.has_mask ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
     args.eps = eps;
+    args.act_param = act_param;
     if (!x.empty()) Backend::run(args, x);
     return {output, mask};
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
       const Tensor& grad_out, const Tensor& input, const OptionalTensor& weight,
-      const OptionalTensor& bias, const OptionalTensor& relu_mask, const OptionalTensor& save_stats,
-      const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps, bool relu,
-      bool need_input, bool need_weight, bool need_bias, bool need_residual) {
-    Input x = check_input(input, save_stats ? Stage::kTrainBackward : Stage::kEvalBackward, relu);
-    x.problem.need_residual = need_residual;
-    x.problem.has_mask = relu && relu_mask;
-    x.problem.need_input = need_input;
-    x.problem.need_params = need_weight || need_bias;
+      const OptionalTensor& save_stats, double eps, const OptionalTensor& running_mean,
+      const OptionalTensor& running_var, const OptionalTensor& bias, const OptionalTensor& residual,
+      const OptionalTensor& mask, int64_t act, double act_param, bool need_input, bool need_weight,
+      bool need_bias, bool need_residual) {
+    Input x = check_input(input, save_stats ? Stage::kTrainBackward : Stage::kEvalBackward,
+                          check_act(act, Backend::takes));
     const Tensor dy = check_like_input("grad_out", grad_out, x);
     BackwardArgs args{};
     args.weight = check_param("weight", weight, x);
     args.bias = check_param("bias", bias, x);
-    args.relu_mask = check_mask(relu_mask, x);
+    const OptionalTensor z = check_like_input("residual", residual, x);
+    args.mask = check_mask(mask, x);
     args.save_stats = check_save_stats(save_stats, x);
     check_any_statistics(save_stats.has_value(), running_mean && running_var, x);
     args.running_mean = check_statistic("running_mean", running_mean, x);
     args.running_var = check_statistic("running_var", running_var, x);
     BNEXT_CHECK((weight || !need_weight) && (bias || weight || !need_bias),
                 "weight, bias: expected where their gradients are asked for");
-    BNEXT_CHECK(!need_residual || relu_mask,
-                "relu_mask: expected where the residual's gradient is asked for");
+    check_act_operands(z.has_value(), mask.has_value(), need_residual, x);
+    x.problem.need_input = need_input;
+    x.problem.need_params = need_weight || need_bias;
+    x.problem.need_residual = need_residual;
+    set_activation(x.problem, z.has_value(), mask.has_value());
 
     const auto output = [&](bool needed) {
       return needed ? Backend::allocate_output(x) : Tensor();
@@ -120,11 +121,13 @@ struct Ops {
     } else {
       args.grad_out = dy.const_data_ptr();
       args.input = x.tensor.const_data_ptr();
+      args.residual = data(z);
       args.grad_input = need_input ? grad_input.mutable_data_ptr() : nullptr;
       args.grad_residual = need_residual ? grad_residual.mutable_data_ptr() : nullptr;
       args.grad_weight = param_out(grad_weight);
       args.grad_bias = param_out(grad_bias);
       args.eps = eps;
+      args.act_param = act_param;
       Backend::run(args, x);
     }
     return {grad_input, grad_weight.value_or(Tensor()), grad_bias.value_or(Tensor()),
@@ -135,16 +138,14 @@ struct Ops {
       const Tensor& grad_grad_input, const OptionalTensor& grad_grad_weight,
       const OptionalTensor& grad_grad_bias, const OptionalTensor& grad_grad_residual,
       const Tensor& grad_out, const Tensor& input, const OptionalTensor& weight,
-      const OptionalTensor& bias, const OptionalTensor& relu_mask, const OptionalTensor& save_stats,
-      const OptionalTensor& running_mean, const OptionalTensor& running_var, double eps, bool relu,
-      bool need_grad_out, bool need_input, bool need_weight) {
-    Input x = check_input(input, Stage::kDoubleBackward, relu);
-    x.problem.has_mask = relu && relu_mask;
-    x.problem.need_input = need_grad_out || need_input;
+      const OptionalTensor& save_stats, double eps, const OptionalTensor& running_mean,
+      const OptionalTensor& running_var, const OptionalTensor& bias, const OptionalTensor& residual,
+      const OptionalTensor& mask, int64_t act, double act_param, bool need_grad_out,
+      bool need_input, bool need_weight) {
+    Input x = check_input(input, Stage::kDoubleBackward, check_act(act, Backend::takes));
     const Tensor u = check_like_input("grad_grad_input", grad_grad_input, x);
     const Tensor dy = check_like_input("grad_out", grad_out, x);
-    OptionalTensor v;
-    if (grad_grad_residual) v = check_like_input("grad_grad_residual", *grad_grad_residual, x);
+    const OptionalTensor v = check_like_input("grad_grad_residual", grad_grad_residual, x);
     DoubleBackwardArgs args{};
     args.save_stats = check_save_stats(save_stats, x);
     args.running_mean = check_statistic("running_mean", running_mean, x);
@@ -155,7 +156,11 @@ struct Ops {
     args.grad_grad_bias = check_param("grad_grad_bias", grad_grad_bias, x);
     check_any_statistics(save_stats.has_value(), running_mean && running_var, x);
     BNEXT_CHECK(weight || !need_weight, "weight: expected where its gradient is asked for");
-    args.relu_mask = check_mask(relu_mask, x);
+    const OptionalTensor z = check_like_input("residual", residual, x);
+    args.mask = check_mask(mask, x);
+    check_act_operands(z.has_value(), mask.has_value(), v.has_value(), x);
+    x.problem.need_input = need_grad_out || need_input;
+    set_activation(x.problem, z.has_value(), mask.has_value());
 
     Tensor grad_grad_out = need_grad_out ? Backend::allocate_output(x) : Tensor();
     Tensor grad_input = need_input ? Backend::allocate_output(x) : Tensor();
@@ -165,16 +170,28 @@ struct Ops {
       if (grad_weight) torch::stable::zero_(*grad_weight);
     } else {
       args.grad_grad_input = u.const_data_ptr();
-      args.grad_grad_residual = v ? v->const_data_ptr() : nullptr;
+      args.grad_grad_residual = data(v);
       args.grad_out = dy.const_data_ptr();
       args.input = x.tensor.const_data_ptr();
+      args.residual = data(z);
       args.grad_grad_out = need_grad_out ? grad_grad_out.mutable_data_ptr() : nullptr;
       args.grad_input = need_input ? grad_input.mutable_data_ptr() : nullptr;
       args.grad_weight = param_out(grad_weight);
       args.eps = eps;
+      args.act_param = act_param;
       Backend::run(args, x);
     }
     return {grad_grad_out, grad_input, grad_weight.value_or(Tensor())};
+  }
+
+ private:
+  static const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+
+  // `mask`: there is one, or one is to be saved.
+  static void set_activation(Problem& p, bool residual, bool mask) {
+    const Needs needs = traits(p.act).needs;
+    p.residual = residual && (!is_backward(p.stage) || needs == Needs::kSum);
+    p.has_mask = mask && needs == Needs::kSign && (residual || is_backward(p.stage));
   }
 };
 

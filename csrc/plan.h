@@ -4,7 +4,6 @@
 // to a kernel's own code stand beside it (cpu/tiles.h, cuda/slab.cuh).
 #pragma once
 
-#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -36,14 +35,15 @@ inline std::string to_string(IndexMap map) {
   return map == IndexMap::kRows ? "rows" : "columns";
 }
 
-// The value that is called `name`; std::invalid_argument where none is.
+// The value from first to last that is called `name`; std::invalid_argument where none is.
 template <class E>
-E parse(const char* what, const std::string& name, std::initializer_list<E> values) {
+E parse(const char* what, const std::string& name, E first, E last) {
   std::string expected;
-  for (const E* value = values.begin(); value != values.end(); ++value) {
-    if (to_string(*value) == name) return *value;
-    expected += value == values.begin() ? "" : value + 1 == values.end() ? " or " : ", ";
-    expected += to_string(*value);
+  for (int i = static_cast<int>(first); i <= static_cast<int>(last); ++i) {
+    const E value = static_cast<E>(i);
+    if (to_string(value) == name) return value;
+    expected += value == first ? "" : value == last ? " or " : ", ";
+    expected += to_string(value);
   }
   throw std::invalid_argument("bnext: " + std::string(what) + ": expected " + expected +
                               ", got \"" + name + "\"");

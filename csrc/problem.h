@@ -4,12 +4,7 @@
 
 #include <cstdint>
 
-// Small functions of host and device, inline on both: gcc left some out of line.
-#ifdef __CUDACC__
-#define BNEXT_HD __host__ __device__
-#else
-#define BNEXT_HD [[gnu::always_inline]]
-#endif
+#include "activation.h"
 
 namespace bnext {
 
@@ -79,9 +74,6 @@ constexpr int64_t operands(Stage s) {
   return !is_backward(s) ? 1 : s == Stage::kDoubleBackward ? 3 : 2;
 }
 
-// The activation; see activation.h.
-enum class Act : uint8_t { kNone, kRelu };
-
 // One call. Memory is dense: [n, c, hw], or [n * hw, c] where channels_last.
 struct Problem {
   Stage stage;
@@ -89,7 +81,7 @@ struct Problem {
   bool channels_last;
   DType dtype;    // input, output, residual and their gradients
   Act act;        // y = act(bn(x) + residual)
-  bool residual;  // forward: it is read
+  bool residual;  // it is read
   bool has_mask;  // of where the activation passes; forward: it is written; backward: it is read
   // backward: dx, any of dweight and dbias, the residual's gradient
   bool need_input = true, need_params = true, need_residual = false;
@@ -98,7 +90,7 @@ struct Problem {
   constexpr int64_t numel() const { return n * c * hw; }
   constexpr int64_t count() const { return n * hw; }  // values per channel
   constexpr int64_t bytes() const { return numel() * element_size(dtype); }
-  // The 1-bit ReLU mask: rows of memory, each padded to whole bytes.
+  // The 1-bit mask: rows of memory, each padded to whole bytes.
   constexpr int64_t mask_rows() const { return channels_last ? n * hw : n * c; }
   constexpr int64_t mask_row_bytes() const { return ((channels_last ? c : hw) + 7) / 8; }
   // Whether elements are written, and not only sums.
@@ -111,8 +103,8 @@ struct Problem {
   }
   // The least any kernel must read and write.
   constexpr int64_t bytes_floor() const {
-    return bytes_read() + (need_input ? bytes() : 0) + (residual || need_residual ? bytes() : 0) +
-           (has_mask ? mask_rows() * mask_row_bytes() : 0);
+    return bytes_read() + (need_input ? bytes() : 0) + (residual ? bytes() : 0) +
+           (need_residual ? bytes() : 0) + (has_mask ? mask_rows() * mask_row_bytes() : 0);
   }
 
   bool operator==(const Problem&) const = default;
@@ -148,7 +140,7 @@ struct ForwardArgs {
   const void* input;
   const void* residual;  // null: none
   void* output;
-  uint8_t* relu_mask;  // null: not saved
+  uint8_t* mask;  // null: not saved
   ParamIn weight, bias;
   ParamIn frozen_mean, frozen_var;     // eval: the running statistics
   ParamOut running_mean, running_var;  // training: updated, where given
@@ -156,32 +148,34 @@ struct ForwardArgs {
   double* save_stats;                  // [2, C]: mean, then 1 / sqrt(var + eps)
   double momentum;
   bool cumulative;  // the average of all batches counted, whatever the momentum
-  double eps;
+  double eps, act_param;
 };
 
 struct BackwardArgs {
   const void* grad_out;
   const void* input;
-  const uint8_t* relu_mask;  // null: the sign is recomputed from input
+  const void* residual;  // null: none, or the mask is enough
+  const uint8_t* mask;   // null: what the activation needs is recomputed from input and residual
   ParamIn weight, bias;
   const double* save_stats;  // batch statistics; null: frozen ones, from
   ParamIn running_mean, running_var;
   void* grad_input;  // null: not asked for, as below
   void* grad_residual;
   ParamOut grad_weight, grad_bias;
-  double eps;
+  double eps, act_param;
 };
 
 struct DoubleBackwardArgs {
   const void *grad_grad_input, *grad_grad_residual;  // the second null: none
   const void *grad_out, *input;
-  const uint8_t* relu_mask;  // null: the sign is recomputed from input
+  const void* residual;  // as in BackwardArgs, and the mask
+  const uint8_t* mask;
   ParamIn weight, bias, grad_grad_weight, grad_grad_bias;
   const double* save_stats;  // as in BackwardArgs
   ParamIn running_mean, running_var;
   void *grad_grad_out, *grad_input;  // null: not asked for
   ParamOut grad_weight;
-  double eps;
+  double eps, act_param;
 };
 
 }  // namespace bnext

@@ -24,7 +24,7 @@ template <class A, class T, IndexMap kMap, Act kAct, Passed kPassed, Outputs kOu
   const T* dy = static_cast<const T*>(args.grad_out) + t.offset;
   T* dx = args.grad_input ? static_cast<T*>(args.grad_input) + t.offset : nullptr;
   T* dresidual = args.grad_residual ? static_cast<T*>(args.grad_residual) + t.offset : nullptr;
-  const uint8_t* mask = args.relu_mask + t.mask_offset;
+  const uint8_t* mask = args.mask + t.mask_offset;
   const bool reads_ahead = t.ahead && (kOut.sums || p.family != Family::kResident);
   const bool writes_ahead = t.ahead && kApplies && dx && !p.nontemporal_stores;
   alignas(64) A sums_dy[kTileColumns], sums_dy_xmu[kTileColumns];
@@ -137,7 +137,7 @@ struct Table {
   static void backward(const CpuPlan& p, Span span, const BackwardArrays& arrays,
                        const BackwardArgs& args, Act act, Partial out) {
     with_map(p.map, [&](auto map) {
-      with_activation(act, args.relu_mask, [&](auto act_c, auto passed) {
+      with_activation(act, args.mask, [&](auto act_c, auto passed) {
         BNEXT_ISA_NAMESPACE::backward<T, map, act_c, passed, kOut>(p, span, arrays, args, out);
       });
     });

@@ -33,7 +33,7 @@ struct Operands {
         x(static_cast<const T*>(args.input) + t.offset),
         u(static_cast<const T*>(args.grad_grad_input) + t.offset),
         g(static_cast<const T*>(args.grad_out) + t.offset),
-        mask(args.relu_mask + t.mask_offset),
+        mask(args.mask + t.mask_offset),
         reads_ahead(prefetches && t.ahead) {}
 
   Vec<C> coefficients(const void* data, int64_t i) const {
@@ -147,7 +147,7 @@ struct Table {
   static void sums(const CpuPlan& p, Span span, const DoubleBackwardArrays& arrays,
                    const DoubleBackwardArgs& args, Act act, double* const results[kSums]) {
     with_map(p.map, [&](auto map) {
-      with_activation(act, args.relu_mask, [&](auto act_c, auto passed) {
+      with_activation(act, args.mask, [&](auto act_c, auto passed) {
         BNEXT_ISA_NAMESPACE::sums<T, map, act_c, passed>(p, span, arrays, args, results);
       });
     });
@@ -155,7 +155,7 @@ struct Table {
   static void apply(const CpuPlan& p, Span span, const DoubleBackwardArrays& arrays,
                     const DoubleBackwardArgs& args, Act act) {
     with_map(p.map, [&](auto map) {
-      with_activation(act, args.relu_mask, [&](auto act_c, auto passed) {
+      with_activation(act, args.mask, [&](auto act_c, auto passed) {
         BNEXT_ISA_NAMESPACE::apply<T, map, act_c, passed>(p, span, arrays, args);
       });
     });

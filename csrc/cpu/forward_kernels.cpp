@@ -132,9 +132,9 @@ void apply_forward(const CpuPlan& p, Span span, const ForwardArrays& arrays,
             if constexpr (kResidual) z = z + load_lanes(residual + at, n);
             if constexpr (kAct != Act::kNone) {
               const Condition<C> passed = passes(z);
-              if (kResidual && args.relu_mask)
-                store_bits(args.relu_mask + t.mask_offset + row * t.mask_stride + i / 8,
-                           to_bits(passed), n);
+              if (kResidual && args.mask)
+                store_bits(args.mask + t.mask_offset + row * t.mask_stride + i / 8, to_bits(passed),
+                           n);
               z = activate<kAct>(passed, z);
             }
             store_lanes(y + at, z, n, p.nontemporal_stores);

@@ -99,9 +99,9 @@ template <class C, class Items>
 __device__ inline bool passes(const BackwardCall& call, const Items& items, const Item& item, int v,
                               const Affine<C>& affine, C x) {
   if (call.problem.act == Act::kNone) return true;
-  if (!call.args.relu_mask) return bnext::passes(apply(affine, x));
+  if (!call.args.mask) return bnext::passes(apply(affine, x));
   constexpr int V = Items::kElements;
-  return own_mask_bits<V>(call.args.relu_mask[items.mask_offset(item)]) >> v & 1;
+  return own_mask_bits<V>(call.args.mask[items.mask_offset(item)]) >> v & 1;
 }
 
 // Loads the items k, k + direction, ... that lie in [first, last), and takes dy through the ReLU.
@@ -280,7 +280,7 @@ __device__ inline void apply_backward(const BackwardCall& call, const Items& ite
                                       const BinCoefficients<compute_t<T>, Items::kBins>& bins,
                                       const Source& x, const Source& dy) {
   if (!call.args.grad_input && !call.args.grad_residual) return;
-  const bool recomputes = call.problem.act != Act::kNone && !call.args.relu_mask;
+  const bool recomputes = call.problem.act != Act::kNone && !call.args.mask;
   const bool reads_x = recomputes || !is_frozen(call.args);
   const int count = items.iterations();
   Item item = items.at(count - 1);

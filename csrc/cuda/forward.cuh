@@ -116,10 +116,10 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
         store_streaming(
             reinterpret_cast<Pack<T, V>*>(static_cast<T*>(args.output) + items.offset(at[i])), y);
       }
-      if (args.relu_mask) {
+      if (args.mask) {
         bits = join_mask_bits<V>(bits);
         if (valid[i] && threadIdx.x % kThreadsPerMaskByte<V> == 0)
-          args.relu_mask[items.mask_offset(at[i])] = static_cast<uint8_t>(bits);
+          args.mask[items.mask_offset(at[i])] = static_cast<uint8_t>(bits);
       }
     }
   }

@@ -54,10 +54,13 @@ int alignment_of(const ForwardArgs& args) {
   return common_alignment({args.input, args.residual, args.output});
 }
 int alignment_of(const BackwardArgs& args) {
-  return common_alignment({args.grad_out, args.input, args.grad_input, args.grad_residual});
+  return common_alignment(
+      {args.grad_out, args.input, args.residual, args.grad_input, args.grad_residual});
 }
 
 struct Cuda {
+  static constexpr auto takes = &ActTraits::on_cuda;
+
   static Tensor allocate_output(const Input& x) { return allocate_like(x); }
 
   template <class Args>

@@ -383,14 +383,12 @@ CudaPlan plan_cuda(const Problem& p, const CudaInfo& cuda, const CudaChoice& cho
 
 CudaChoice cuda_choice_of_environment() {
   CudaChoice choice;
-  const auto ask = [](const char* name, auto& chosen, auto values) {
+  const auto ask = [](const char* name, auto& chosen, auto first, auto last) {
     const char* asked = std::getenv(name);
-    if (asked && *asked) chosen = parse(name, asked, values);
+    if (asked && *asked) chosen = parse(name, asked, first, last);
   };
-  ask("BNEXT_CUDA_FAMILY", choice.family,
-      std::initializer_list{Family::kResident, Family::kStreaming});
-  ask("BNEXT_CUDA_TEAM", choice.team,
-      std::initializer_list{Team::kBlock, Team::kCluster, Team::kGrid});
+  ask("BNEXT_CUDA_FAMILY", choice.family, Family::kResident, Family::kStreaming);
+  ask("BNEXT_CUDA_TEAM", choice.team, Team::kBlock, Team::kGrid);
   return choice;
 }
 

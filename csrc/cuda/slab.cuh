@@ -10,7 +10,7 @@ namespace bnext {
 
 template <class T, int V>
 struct SharedSource {
-  // Items in registers at once: shared memory answers soon.
+  // Items in registers at once: shared memory has low latency.
   static constexpr int kItems = sizeof(Pack<T, V>) >= 16 ? 2 : 4;
 
   const Pack<T, V>* slab;

@@ -151,8 +151,16 @@ def test_residual_must_match_the_input(residual, training) -> None:
 
 
 def test_unknown_activation_is_a_value_error() -> None:
-    with pytest.raises(ValueError, match="sigmoid"):
-        batch_norm_act(torch.randn(4, 3), None, None, training=True, act="sigmoid")
+    x = torch.randn(4, 3)
+    for make in (
+        lambda **act: batch_norm_act(x, None, None, training=True, **act),
+        lambda **act: bnext.BatchNormAct1d(3, **act),
+        lambda **act: bnext.SyncBatchNorm(3, **act),
+    ):
+        with pytest.raises(ValueError, match=r"act must be one of 'relu', .* got 'softplus'"):
+            make(act="softplus")
+        with pytest.raises(ValueError, match="act_param must be None where act is 'relu', but got"):
+            make(act="relu", act_param=0.1)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["", "requires_grad"])
@@ -323,18 +331,16 @@ def test_op_refuses_a_wrong_gradient_shape() -> None:
     op = torch.ops.bnext.batch_norm_backward
     x = torch.randn(4, 3, 5)
     stats = torch.ones(2, 3, dtype=f64)
-    rest = (None, None, 1e-5, False, True, True, True, False)
     for grad_out in (torch.randn(4, 3, 6), torch.randn(4, 3), torch.randn(4, 3, 5).double()):
         with pytest.raises(RuntimeError, match="grad_out"):
-            op(grad_out, x, None, None, None, stats, *rest)
+            op(grad_out, x, None, stats, 1e-5)
     with pytest.raises(RuntimeError, match="save_stats"):
-        op(torch.randn(4, 3, 5), x, None, None, None, torch.ones(2, 4, dtype=f64), *rest)
+        op(torch.randn(4, 3, 5), x, None, torch.ones(2, 4, dtype=f64), 1e-5)
     with pytest.raises(RuntimeError, match="save_stats"):
-        op(torch.randn(4, 3, 5), x, None, None, None, torch.ones(2, 3), *rest)
-    with pytest.raises(RuntimeError, match="relu_mask"):
+        op(torch.randn(4, 3, 5), x, None, torch.ones(2, 3), 1e-5)
+    with pytest.raises(RuntimeError, match="bnext: mask: "):
         bad_mask = torch.zeros(1, 1, dtype=torch.uint8)
-        op(torch.randn(4, 3, 5), x, None, None, bad_mask, stats, None, None, 1e-5, True,
-           True, True, True, True)  # fmt: skip
+        op(torch.randn(4, 3, 5), x, None, stats, 1e-5, mask=bad_mask, act=1, need_residual=True)
 
 
 def test_op_refuses_a_counter_that_is_not_one_int64() -> None:
@@ -345,9 +351,7 @@ def test_op_refuses_a_counter_that_is_not_one_int64() -> None:
         torch.zeros(()),
     ):
         with pytest.raises(RuntimeError, match="num_batches_tracked"):
-            torch.ops.bnext.batch_norm_train(
-                x, None, None, None, mean, var, counter, 0.1, 1e-5, False, False
-            )
+            torch.ops.bnext.batch_norm_train(x, None, None, mean, var, counter, 0.1, 1e-5)
         assert torch.equal(mean, torch.zeros(3))
 
 

@@ -59,19 +59,20 @@ class Vector(Fields):
 class ForwardArgs(Fields):
     _fields_ = [
         ("input", c_void_p), ("residual", c_void_p), ("output", c_void_p),
-        ("relu_mask", c_void_p), ("weight", Vector), ("bias", Vector), ("frozen_mean", Vector),
+        ("mask", c_void_p), ("weight", Vector), ("bias", Vector), ("frozen_mean", Vector),
         ("frozen_var", Vector), ("running_mean", Vector), ("running_var", Vector),
         ("num_batches_tracked", c_void_p), ("save_stats", c_void_p), ("momentum", c_double),
-        ("cumulative", c_bool), ("eps", c_double),
+        ("cumulative", c_bool), ("eps", c_double), ("act_param", c_double),
     ]  # fmt: skip
 
 
 class BackwardArgs(Fields):
     _fields_ = [
-        ("grad_out", c_void_p), ("input", c_void_p), ("relu_mask", c_void_p),
-        ("weight", Vector), ("bias", Vector), ("save_stats", c_void_p), ("running_mean", Vector),
-        ("running_var", Vector), ("grad_input", c_void_p), ("grad_residual", c_void_p),
-        ("grad_weight", Vector), ("grad_bias", Vector), ("eps", c_double),
+        ("grad_out", c_void_p), ("input", c_void_p), ("residual", c_void_p),
+        ("mask", c_void_p), ("weight", Vector), ("bias", Vector), ("save_stats", c_void_p),
+        ("running_mean", Vector), ("running_var", Vector), ("grad_input", c_void_p),
+        ("grad_residual", c_void_p), ("grad_weight", Vector), ("grad_bias", Vector),
+        ("eps", c_double), ("act_param", c_double),
     ]  # fmt: skip
 
 
@@ -189,7 +190,7 @@ def forward(e: Emulator, plan: CudaPlan, p: Problem, x: Tensor, *, weight=None, 
         pointer(x), pointer(residual), pointer(output), pointer(mask), vector(weight),
         vector(bias), *map(vector, frozen or (None, None)), *map(vector, running),
         pointer(num_batches_tracked), pointer(save_stats),
-        momentum or 0.0, momentum is None, eps,
+        momentum or 0.0, momentum is None, eps, 0.0,
     )  # fmt: skip
     if e.library.bnext_forward(ctypes.byref(plan), ctypes.byref(p), ctypes.byref(args)):
         raise EmulatorError(f"{e.error()}: {plan}")
@@ -206,9 +207,9 @@ def backward(e: Emulator, plan: CudaPlan, p: Problem, grad_out: Tensor, x: Tenso
         torch.empty(c, dtype=dtype) if p.need_params else None,
     )
     args = BackwardArgs(
-        pointer(grad_out), pointer(x), pointer(mask), vector(weight), vector(bias),
+        pointer(grad_out), pointer(x), None, pointer(mask), vector(weight), vector(bias),
         pointer(save_stats), *map(vector, frozen or (None, None)), pointer(out.input),
-        pointer(out.residual), vector(out.weight), vector(out.bias), eps,
+        pointer(out.residual), vector(out.weight), vector(out.bias), eps, 0.0,
     )  # fmt: skip
     if e.library.bnext_backward(ctypes.byref(plan), ctypes.byref(p), ctypes.byref(args)):
         raise EmulatorError(f"{e.error()}: {plan}")

@@ -103,7 +103,9 @@ def check_training(case: Case, setting: Setting, **fields) -> calls.CudaPlan:
 
     ours = both().run(run_forward)
     torch.testing.assert_close(*states, rtol=0, atol=0)
-    expected = reference.forward(x, case.weight, case.bias, case.residual, relu=setting.relu)
+    expected = reference.forward(
+        x, case.weight, case.bias, case.residual, act="relu" if setting.relu else None
+    )
     criterion.assert_as_good_as_torch(
         ours.output, None, expected.output, expected.magnitude, "output"
     )

@@ -79,7 +79,7 @@ int bnext_forward(const CudaPlan* plan, const Problem* problem, const ForwardArg
   a.input = on.tensor(a.input, Kind::kInput, "the input");
   a.residual = on.tensor(a.residual, Kind::kInput, "the residual");
   a.output = on.tensor(a.output, Kind::kOutput, "the output");
-  a.relu_mask = on.mask(a.relu_mask, Kind::kOutput);
+  a.mask = on.mask(a.mask, Kind::kOutput);
   a.weight = on.vector(a.weight, Kind::kConstant, "the weight");
   a.bias = on.vector(a.bias, Kind::kConstant, "the bias");
   a.frozen_mean = on.vector(a.frozen_mean, Kind::kConstant, "the frozen mean");
@@ -107,7 +107,8 @@ int bnext_backward(const CudaPlan* plan, const Problem* problem, const BackwardA
   BackwardArgs a = *host;
   a.grad_out = on.tensor(a.grad_out, Kind::kInput, "grad_out");
   a.input = on.tensor(a.input, Kind::kInput, "the input");
-  a.relu_mask = on.mask(a.relu_mask, Kind::kInput);
+  a.residual = on.tensor(a.residual, Kind::kInput, "the residual");
+  a.mask = on.mask(a.mask, Kind::kInput);
   a.weight = on.vector(a.weight, Kind::kConstant, "the weight");
   a.bias = on.vector(a.bias, Kind::kConstant, "the bias");
   a.save_stats = on.statistics(a.save_stats, Kind::kConstant);

@@ -4,7 +4,7 @@
 #   tests/native/sanitize.sh [pytest arguments]   (default: all calls of the CUDA kernels)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-[ $# -gt 0 ] || set -- tests/test_native.py tests/test_native_numerics.py
+[ $# -gt 0 ] || set -- tests/native/test_native.py tests/native/test_native_numerics.py
 library() { ${CXX:-g++} -print-file-name="$1"; }
 export BNEXT_EMULATION=sanitized
 # The runtimes must come first in the process; Python's own leaks are not ours to report.

@@ -269,8 +269,8 @@ def test_gradient_of_an_absent_parameter_is_refused(
     stats = (None, None) if training else case.stats
     with pytest.raises(RuntimeError, match="weight"):
         torch.ops.bnext.batch_norm_backward(
-            case.grad_out, case.x, case.weight if weight else None, case.bias if bias else None,
-            None, saved, *stats, 1e-5, False, True, need_weight, need_bias, False,
+            case.grad_out, case.x, case.weight if weight else None, saved, 1e-5, *stats,
+            case.bias if bias else None, need_weight=need_weight, need_bias=need_bias,
         )  # fmt: skip
 
 
@@ -281,8 +281,7 @@ def test_second_derivative_for_an_absent_weight_is_refused(training) -> None:
     stats = (None, None) if training else case.stats
     with pytest.raises(RuntimeError, match="weight"):
         torch.ops.bnext.batch_norm_double_backward(
-            case.x, None, None, None, case.grad_out, case.x, None, None, None, saved, *stats, 1e-5,
-            False, True, True, True,
+            case.x, None, None, None, case.grad_out, case.x, None, saved, 1e-5, *stats
         )  # fmt: skip
 
 

@@ -34,7 +34,12 @@ def memory_order(t: torch.Tensor) -> list[int]:
 def check_forward(case: Case, training: bool, relu: bool) -> None:
     torchs = torch_forward(case, training, relu)
     expected = reference.forward(
-        case.x, case.weight, case.bias, case.residual, None if training else case.stats, relu=relu
+        case.x,
+        case.weight,
+        case.bias,
+        case.residual,
+        None if training else case.stats,
+        act="relu" if relu else None,
     )
     mean, var = case.running_mean.clone(), case.running_var.clone()
     y = batch_norm_act(

@@ -63,14 +63,14 @@ def test_strides_without_memory_are_those_with_it(device) -> None:
     rng = random.Random(5)
     for _ in range(150):
         x = strided(rng)
-        expected = train(x, None, None, x, None, None, None, 0.1, 1e-5, True, True)
+        expected = train(x, None, None, None, None, None, 0.1, 1e-5, x, 1, 0.0, True)
         if device == "meta":
             other = torch.empty_strided(x.shape, x.stride(), device="meta")
-            got = train(other, None, None, other, None, None, None, 0.1, 1e-5, True, True)
+            got = train(other, None, None, None, None, None, 0.1, 1e-5, other, 1, 0.0, True)
         else:
             with FakeTensorMode() as mode:
                 other = mode.from_tensor(x)
-                got = train(other, None, None, other, None, None, None, 0.1, 1e-5, True, True)
+                got = train(other, None, None, None, None, None, 0.1, 1e-5, other, 1, 0.0, True)
         for ours, real in zip(got, expected, strict=True):
             assert (ours.shape, ours.stride()) == (real.shape, real.stride()), x.stride()
 

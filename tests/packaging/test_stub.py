@@ -67,7 +67,7 @@ def test_constructors_take_the_stubs_arguments_by_name(cls, values) -> None:
 
 def test_attributes_have_the_stubs_types() -> None:
     device, gpu = _C.cpu_device_info(1), _C.CudaInfo(90, 132, 1 << 17, 1 << 16, 1 << 25, 8)
-    problem = (2, 3, 4, False, "float32", "train_forward", False, False)
+    problem = (2, 3, 4, False, "float32", "train_forward", "none", False)
     kinds = {"str": str, "int": int, "bool": bool}
     for instance in (device, gpu, _C.plan(*problem, device), _C.plan_cuda(*problem, gpu)):
         for node in stub_classes()[type(instance).__name__].body:

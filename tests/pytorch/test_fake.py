@@ -1,5 +1,6 @@
 """The ops on tensors without memory against the ops on real ones: same verdict, words, outputs."""
 
+import math
 import random
 from collections.abc import Callable, Iterator
 
@@ -39,7 +40,7 @@ def mask_of(x: Tensor) -> Tensor:
     """A mask of the right shape for x, by the op that writes it."""
     c = x.shape[1] if x.dim() > 1 else 0
     stats = torch.zeros(c, dtype=x.dtype)
-    return OPS["inference"](x, None, None, x, stats, stats, 1e-5, True, True)[1]
+    return OPS["inference"](x, None, None, stats, stats, 1e-5, x, 1, 0.0, True)[1]
 
 
 def arguments(name: str, op: str, frozen: bool) -> Args:
@@ -52,19 +53,22 @@ def arguments(name: str, op: str, frozen: bool) -> Args:
     def param() -> Tensor:
         return torch.ones(c, dtype=param_dtype)
 
-    head = [x, param(), param(), torch.randn_like(x)]
+    head = [x, param(), param(), param(), param()]
+    residual = torch.randn_like(x)
+    added = [residual, 1, 0.0, True]
     if op == "train":
         counter = torch.zeros((), dtype=torch.int64)
-        return [*head, param(), param(), counter, 0.1, 1e-5, True, True]
+        return [*head, counter, 0.1, 1e-5, *added]
     if op == "inference":
-        return [*head, param(), param(), 1e-5, True, True]
+        return [*head, 1e-5, *added]
     save_stats = None if frozen else torch.ones(2, c, dtype=f64)
     running = [param(), param()] if frozen else [None, None]
-    tail = [mask_of(x), save_stats, *running, 1e-5, True]
+    saved = [torch.randn_like(x), x, param(), save_stats, 1e-5, *running, param(), residual,
+             mask_of(x), 1, 0.0]  # fmt: skip
     if op == "backward":
-        return [torch.randn_like(x), x, param(), param(), *tail, True, True, True, True]
+        return [*saved, True, True, True, True]
     grads = [torch.randn_like(x), param(), param(), torch.randn_like(x)]
-    return [*grads, torch.randn_like(x), x, param(), param(), *tail, True, True, True]
+    return [*grads, *saved, True, True, True]
 
 
 def other_device(t: Tensor) -> Tensor:
@@ -116,6 +120,9 @@ def mutated(args: Args, rng: random.Random) -> tuple[str, int, Args]:
         if isinstance(args[i], bool):
             args[i] = not args[i]
             return "flag", i, args
+        if isinstance(args[i], int):
+            args[i] = rng.choice([-1, 0, 2, 4, 99])
+            return f"kind {args[i]}", i, args
 
 
 def described(result: object) -> object:
@@ -154,8 +161,20 @@ def to_meta(args: Args) -> Args:
 def check(op: object, args: Args, where: str) -> object:
     (_, real), *others = verdicts(op, args)
     for name, other in others:
-        assert other == real, f"{where}\n{name}: {other}\nreal: {real}"
+        if not (isinstance(other, list) and has_the_mask_of_another_format(op, args, real)):
+            assert other == real, f"{where}\n{name}: {other}\nreal: {real}"
     return real
+
+
+def has_the_mask_of_another_format(op: object, args: Args, real: object) -> bool:
+    """What a tensor without memory accepts on purpose: Inductor asks in the wrong format first."""
+    if not (isinstance(real, tuple) and "mask: expected contiguous Byte" in real[1]):
+        return False
+    x, mask = (args[1], args[9]) if op is OPS["backward"] else (args[5], args[13])
+    assert isinstance(x, Tensor) and isinstance(mask, Tensor)
+    n, c, hw = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+    sizes = {n * c * ((hw + 7) // 8), n * hw * ((c + 7) // 8)}
+    return x.dim() > 3 and mask.dtype == torch.uint8 and mask.numel() in sizes
 
 
 OP_KINDS = [("train", False), ("inference", False), ("backward", False), ("backward", True),
@@ -200,8 +219,10 @@ def test_several_arguments_changed_at_random(op, frozen) -> None:
 
 def call_all(x: Tensor, param: Tensor) -> tuple[Tensor, Tensor]:
     """Training and its derivatives, one from the other."""
-    y, save_stats, mask = OPS["train"](x, param, param, x, None, None, None, 0.1, 1e-5, True, True)
-    saved = (y, x, param, param, mask, save_stats, None, None, 1e-5, True)
+    y, save_stats, mask = OPS["train"](
+        x, param, param, None, None, None, 0.1, 1e-5, x, 1, 0.0, True
+    )
+    saved = (y, x, param, save_stats, 1e-5, None, None, param, None, mask, 1, 0.0)
     OPS["backward"](*saved, True, True, True, True)
     OPS["double_backward"](y, None, None, None, *saved, True, True, True)
     return y, mask
@@ -237,8 +258,7 @@ def test_sizes_that_are_not_known_are_checked_when_the_graph_runs() -> None:
         y, mask = call_all(channels_last, torch.ones(8))
         assert y.stride()[1] == 1 and mask.shape == (n * h * h, 1)
         OPS["train"](
-            torch.empty(2, 8, 3), torch.empty(n), None, None, None, None, None, 0.1, 1e-5, False,
-            False,
+            torch.empty(2, 8, 3), torch.empty(n), None, None, None, None, 0.1, 1e-5
         )  # fmt: skip
         deferred = [str(a.expr) for found in env.deferred_runtime_asserts.values() for a in found]
         assert "Eq(u0, 8)" in deferred
@@ -248,9 +268,7 @@ def test_sizes_that_are_not_known_are_checked_when_the_graph_runs() -> None:
 def test_a_wrong_channel_count_is_refused_when_traced(how) -> None:
     class Norm(torch.nn.Module):
         def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-            output: Tensor = OPS["train"](
-                x, weight, None, None, None, None, None, 0.1, 1e-5, False, False
-            )[0]
+            output: Tensor = OPS["train"](x, weight, None, None, None, None, 0.1, 1e-5)[0]
             return output
 
     args = torch.randn(4, 3, 5), torch.ones(4)

@@ -28,10 +28,10 @@ def arguments(dtype: torch.dtype = f32, **changed: Tensor | None) -> Arguments:
 
 
 def ours(training: bool, a: Arguments) -> Tensor:
-    head = (a["input"], a["weight"], a["bias"], None, a["running_mean"], a["running_var"])
+    head = (a["input"], a["weight"], a["bias"], a["running_mean"], a["running_var"])
     output: Tensor = (
-        train(*head, None, 0.1, 1e-5, False, False) if training
-        else inference(*head, 1e-5, False, False)
+        train(*head, None, 0.1, 1e-5) if training
+        else inference(*head, 1e-5)
     )[0]  # fmt: skip
     return output
 
@@ -112,12 +112,12 @@ def test_a_required_tensor_that_is_none_is_named() -> None:
     save_stats = torch.ones(2, 3, dtype=f64)
     for device in ("cpu", "meta"):
         x, w, save_stats = (t.to(device) for t in (x, w, save_stats))
-        rest = (w, None, None, save_stats, None, None, 1e-5, False, True, True, False)
+        rest = (w, save_stats, 1e-5)
         for name, call in (
-            ("input", lambda w=w: train(None, w, w, None, w, w, None, 0.1, 1e-5, False, False)),
-            ("input", lambda w=w: inference(None, w, w, None, w, w, 1e-5, False, False)),
-            ("grad_out", lambda x=x, rest=rest: backward(None, x, *rest, False)),
-            ("input", lambda x=x, rest=rest: backward(x, None, *rest, False)),
+            ("input", lambda w=w: train(None, w, w, w, w, None, 0.1, 1e-5)),
+            ("input", lambda w=w: inference(None, w, w, w, w, 1e-5)),
+            ("grad_out", lambda x=x, rest=rest: backward(None, x, *rest)),
+            ("input", lambda x=x, rest=rest: backward(x, None, *rest)),
             ("grad_grad_input",
              lambda x=x, rest=rest: double_backward(None, None, None, None, x, x, *rest)),
             ("grad_out",
@@ -147,7 +147,7 @@ def test_too_few_dimensions(shape, device) -> None:
 )
 def test_the_counter_is_one_int64(counter) -> None:
     with pytest.raises(RuntimeError) as error:
-        train(torch.randn(4, 3), None, None, None, None, None, counter, 0.1, 1e-5, False, False)
+        train(torch.randn(4, 3), None, None, None, None, counter, 0.1, 1e-5)
     name = {torch.int16: "Short", torch.int64: "Long", f32: "Float"}[counter.dtype]
     assert f"num_batches_tracked: expected one int64 value (Long), got {name}" in str(error.value)
     assert str(list(counter.shape)) in str(error.value)
@@ -159,7 +159,7 @@ def test_momentum_nan_is_not_none(counter) -> None:
     for momentum in (float("nan"), None):
         mean, var = torch.zeros(3), torch.ones(3)
         tracked = None if counter is None else torch.tensor(counter)
-        train(x, None, None, None, mean, var, tracked, momentum, 1e-5, False, False)
+        train(x, None, None, mean, var, tracked, momentum, 1e-5)
         assert tracked is None or tracked == counter + 1
         theirs = torch.zeros(3), torch.ones(3)
         factor = 0.0 if counter is None else 1 / (counter + 1)
@@ -196,9 +196,9 @@ def test_parameters_of_any_shape(name, training) -> None:
     )
     save_stats = None
     if training:
-        save_stats = train(x, None, None, None, None, None, None, 0.1, 1e-5, False, False)[1]
-    saved = (save_stats, *((None, None) if training else stats))
-    grads = backward(grad_out, x, weight, bias, None, *saved, 1e-5, False, True, True, True, False)
+        save_stats = train(x, None, None, None, None, None, 0.1, 1e-5)[1]
+    saved = (save_stats, 1e-5, *((None, None) if training else stats), bias)
+    grads = backward(grad_out, x, weight, *saved)
     expected = reference.backward(
         grad_out, x, weight.reshape(-1), None if training else stats, active=None
     )
@@ -209,10 +209,9 @@ def test_parameters_of_any_shape(name, training) -> None:
         assert grad.shape == param.shape and grad.is_contiguous()
         torch.testing.assert_close(grad.reshape(-1), value.float(), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(grads[0], expected.input.float(), rtol=1e-4, atol=1e-4)
-    again = (x, weight, bias, None, grad_out, x, weight, bias, None, *saved, 1e-5, False)
+    got = double_backward(x, weight, bias, None, grad_out, x, weight, *saved)
     flat = (t.reshape(-1) for t in (weight, bias))
-    as_vectors = (x, *flat, None, grad_out, x, weight.reshape(-1), None, None, *saved, 1e-5, False)
-    got, want = double_backward(*again, True, True, True), double_backward(*as_vectors, *[True] * 3)
+    want = double_backward(x, *flat, None, grad_out, x, weight.reshape(-1), *saved[:-1])
     assert got[2].shape == weight.shape
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a.flatten(), b.flatten())
@@ -254,8 +253,11 @@ def test_an_empty_input_takes_any_statistics_and_parameters(shape, training) -> 
         assert mean is None or bool((mean == 1).all()), "nothing to learn from"
         save_stats = torch.zeros(2, c, dtype=f64) if training else None
         need = leaves[0] is not None
-        grads = backward(x, x, *leaves, None, save_stats, *([None, None] if training else
-                         [mean, var]), 1e-5, False, True, need, need, False)  # fmt: skip
+        running = [None, None] if training else [mean, var]
+        grads = backward(
+            x, x, leaves[0], save_stats, 1e-5, *running, leaves[1],
+            need_weight=need, need_bias=need,
+        )  # fmt: skip
         assert grads[0].shape == x.shape
         if leaves[0] is None or leaves[0].numel() > 0:
             leaf = x.clone().requires_grad_()
@@ -270,7 +272,7 @@ def test_an_empty_input_takes_any_statistics_and_parameters(shape, training) -> 
 
 def test_an_empty_batch_is_counted() -> None:
     counter = torch.tensor(4)
-    train(torch.randn(0, 3), None, None, None, None, None, counter, 0.1, 1e-5, False, False)
+    train(torch.randn(0, 3), None, None, None, None, counter, 0.1, 1e-5)
     assert counter == 5
 
 

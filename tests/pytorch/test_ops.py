@@ -44,11 +44,12 @@ def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
 
 def forward_args(case, training: bool, relu: bool, save_mask: bool) -> tuple:
     stats = (case.running_mean.clone(), case.running_var.clone())
-    head = (case.x, case.weight, case.bias, case.residual, *stats)
+    head = (case.x, case.weight, case.bias, *stats)
+    added = (case.residual, int(relu), 0.0, save_mask)
     if training:
         counter = torch.zeros((), dtype=torch.int64, device=case.x.device)
-        return (*head, counter, 0.1, 1e-5, relu, save_mask)
-    return (*head, 1e-5, relu, save_mask)
+        return (*head, counter, 0.1, 1e-5, *added)
+    return (*head, 1e-5, *added)
 
 
 def backward_args(case, training: bool, relu: bool, need=(True,) * 4) -> tuple:
@@ -58,14 +59,15 @@ def backward_args(case, training: bool, relu: bool, need=(True,) * 4) -> tuple:
     stats = (None, None) if training else case.stats
     mask = outputs[-1] if relu and case.residual is not None else None
     return (
-        case.grad_out, case.x, case.weight, case.bias, mask, saved, *stats, 1e-5, relu, *need,
+        case.grad_out, case.x, case.weight, saved, 1e-5, *stats, case.bias, None, mask, int(relu),
+        0.0, *need,
     )  # fmt: skip
 
 
 def double_backward_args(case, training: bool, relu: bool, need=(True,) * 3) -> tuple:
     grads = (torch.randn_like(case.x), torch.randn_like(case.weight), torch.randn_like(case.bias))
     residual = torch.randn_like(case.x) if relu and case.residual is not None else None
-    return (*grads, residual, *backward_args(case, training, relu, ())[:10], *need)
+    return (*grads, residual, *backward_args(case, training, relu, ()), *need)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -142,7 +144,7 @@ def test_mask_bit_is_set_unless_not_positive(device) -> None:
         view = values.view(1, 1, 9, 1) if len(shape) == 4 else values.view(9, 1)
         residual = view.expand(shape).contiguous()
         stats = torch.zeros(2, device=device), torch.ones(2, device=device)
-        y, mask = inference(x, None, None, residual, *stats, 1e-5, True, True)
+        y, mask = inference(x, None, None, *stats, 1e-5, residual, 1, 0.0, True)
         bits = unpack_mask(mask, x)
         assert torch.equal(bits, expected.view_as(view).expand(shape)), (shape, memory_format)
         assert (

@@ -150,7 +150,8 @@ def test_conversions_of_16_bits_are_those_of_torch(plain, dtype) -> None:
 )
 def test_sanitizers_see_what_is_within_a_thread(defect, message) -> None:
     env = dict(os.environ, PYTHON=sys.executable, BNEXT_DEFECT=str(defect))
-    command = [emulated.HERE / "sanitize.sh", "tests/test_native_emulation.py", "-k", "one_defect"]
+    test = "tests/native/test_native_emulation.py"
+    command = [emulated.HERE / "sanitize.sh", test, "-k", "one_defect"]
     result = subprocess.run(command, capture_output=True, text=True, env=env)
     output = result.stdout + result.stderr
     assert message in output

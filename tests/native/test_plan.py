@@ -19,18 +19,19 @@ BASIC = _C.DeviceInfo("default", 1, 32 * KIB, 128 * KIB, 0)
 DEVICES = [SERVER, LAPTOP, BASIC]
 
 
-def plan(n, c, hw, stage="train_forward", *, channels_last=False, dtype="float32", relu=False,
+def plan(n, c, hw, stage="train_forward", *, channels_last=False, dtype="float32", act="none",
          residual=False, device=SERVER, **kwargs):  # fmt: skip
-    return _C.plan(n, c, hw, channels_last, dtype, stage, relu, residual, device, **kwargs)
+    return _C.plan(n, c, hw, channels_last, dtype, stage, act, residual, device, **kwargs)
 
 
 def ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
+ACTS = ["none", "relu", "silu"]  # backward needs of them: nothing, the sign, the sum
 problems = st.tuples(
     st.integers(1, 512), st.integers(1, 2048), st.integers(1, 60000), st.booleans(),
-    st.sampled_from(list(SIZES)), st.sampled_from(STAGES), st.booleans(), st.booleans(),
+    st.sampled_from(list(SIZES)), st.sampled_from(STAGES), st.sampled_from(ACTS), st.booleans(),
 )  # fmt: skip
 devices = st.builds(
     _C.DeviceInfo, st.sampled_from(["default", "avx2", "avx512"]), st.integers(1, 256),
@@ -47,15 +48,17 @@ SPLIT = (
 
 @given(problem=problems, device=devices)
 def test_bytes_of_every_plan(problem, device) -> None:
-    n, c, hw, channels_last, dtype, stage, relu, residual = problem
+    n, c, hw, channels_last, dtype, stage, act, residual = problem
     p = _C.plan(*problem, device)
     tensor = n * c * hw * SIZES[dtype]
     # One channel is one run of memory; one pixel makes both formats the same.
     rows, width = (n * hw, c) if channels_last or hw == 1 else (n * c, hw)
     rows, width = (1, n * hw) if c == 1 else (rows, width)
-    mask = rows * ceil(width, 8) if relu and residual else 0
+    mask = rows * ceil(width, 8) if act == "relu" and residual else 0
+    again = tensor if act == "silu" and residual and "backward" in stage else 0
     # Forward reads x and writes y; backward reads x and dy, writes dx; a residual is one more.
-    assert p.bytes_floor == (2 if "forward" in stage else 3) * tensor + residual * tensor + mask
+    least = (2 if "forward" in stage else 3) * tensor
+    assert p.bytes_floor == least + residual * tensor + mask + again
     assert p.bytes_moved >= p.bytes_floor
     again = tensor * (1 if "forward" in stage else 2)
     # A second read that half the L3 holds does not reach memory.
@@ -129,7 +132,7 @@ def test_family_and_index_map(n, c, hw, stage, channels_last, family, index_map)
 
 def test_a_mask_where_only_sums_are_wanted() -> None:
     """It is read; there is no dx and no residual's gradient to keep operands for."""
-    p = plan(32, 64, 56 * 56, "train_backward", relu=True, residual=True, need_input=False,
+    p = plan(32, 64, 56 * 56, "train_backward", act="relu", residual=True, need_input=False,
              need_residual=False)  # fmt: skip
     assert p.family == "streaming"
     elements = 32 * 64 * 56 * 56
@@ -138,8 +141,8 @@ def test_a_mask_where_only_sums_are_wanted() -> None:
 
 def test_only_a_mask_keeps_short_rows() -> None:
     for stage, without in (("train_forward", {"save_mask": False}), ("train_backward", {})):
-        assert plan(32, 64, 9, stage, relu=True, residual=True).index_map == "rows"
-        columns = plan(32, 64, 9, stage, relu=True, residual="forward" in stage, **without)
+        assert plan(32, 64, 9, stage, act="relu", residual=True).index_map == "rows"
+        columns = plan(32, 64, 9, stage, act="relu", residual="forward" in stage, **without)
         assert columns.index_map == "columns"
 
 
@@ -193,7 +196,7 @@ def test_plans_compare_and_print() -> None:
 def test_a_problem_that_does_not_exist_is_a_value_error(changed, word) -> None:
     kwargs = {
         "n": 2, "c": 3, "hw": 4, "channels_last": False, "dtype": "float32",
-        "stage": "eval_forward", "relu": False, "residual": False, "device": SERVER,
+        "stage": "eval_forward", "act": "none", "residual": False, "device": SERVER,
     }  # fmt: skip
     with pytest.raises(ValueError, match=word):
         _C.plan(**{**kwargs, **changed})
@@ -209,10 +212,10 @@ def test_explain_holds_the_plans_of_the_shape(memory_format, training) -> None:
     last = memory_format is torch.channels_last
     device = _C.cpu_device_info(2)
     assert e.forward == _C.plan(
-        8, 16, 196, last, "bfloat16", f"{stage}_forward", False, False, device
+        8, 16, 196, last, "bfloat16", f"{stage}_forward", "none", False, device
     )
     assert e.backward == _C.plan(
-        8, 16, 196, last, "bfloat16", f"{stage}_backward", False, False, device
+        8, 16, 196, last, "bfloat16", f"{stage}_backward", "none", False, device
     )
     for word in (e.forward.family, e.forward.index_map, "bfloat16", device.isa):
         assert word in str(e)

@@ -53,7 +53,12 @@ def test_frozen_statistics(dtypes, layout, after) -> None:
     affine = {"weight": case.weight, "bias": case.bias}
     y = forward(case, setting, "eval_forward", residual=case.residual, frozen=case.stats, **affine)
     expected = reference.forward(
-        case.x, case.weight, case.bias, case.residual, case.stats, relu=setting.relu
+        case.x,
+        case.weight,
+        case.bias,
+        case.residual,
+        case.stats,
+        act="relu" if setting.relu else None,
     )
     criterion.assert_as_good_as_torch(y.output, None, expected.output, expected.magnitude)
     active = y.output > 0 if setting.relu else None

@@ -28,10 +28,10 @@ RESNET50 = [
 ]  # fmt: skip
 
 
-def plan(n, c, hw, stage="train_forward", *, channels_last=False, dtype="bfloat16", relu=False,
+def plan(n, c, hw, stage="train_forward", *, channels_last=False, dtype="bfloat16", act="none",
          residual=False, gpu="H200", **kwargs):  # fmt: skip
     device = GPUS[gpu]
-    return _C.plan_cuda(n, c, hw, channels_last, dtype, stage, relu, residual, device, **kwargs)
+    return _C.plan_cuda(n, c, hw, channels_last, dtype, stage, act, residual, device, **kwargs)
 
 
 def ceil(a: int, b: int) -> int:
@@ -44,8 +44,8 @@ def aligned(count: int) -> int:
 
 problems = st.tuples(
     st.integers(1, 512), st.integers(1, 2048), st.integers(1, 60000) | st.integers(1, 300),
-    st.booleans(), st.sampled_from(list(SIZES)), st.sampled_from(STAGES), st.booleans(),
-    st.booleans(),
+    st.booleans(), st.sampled_from(list(SIZES)), st.sampled_from(STAGES),
+    st.sampled_from(["none", "relu", "silu"]), st.booleans(),
 )  # fmt: skip
 asked_gradients = st.sampled_from([(True, True), (True, False), (False, True), (False, False)])
 alignments = st.sampled_from([16, 8, 4, 2])
@@ -53,7 +53,7 @@ alignments = st.sampled_from([16, 8, 4, 2])
 
 def check(problem, gpu, p, needs=(True, True), alignment=16) -> None:
     """What holds of every plan: kernels exist, all is covered once, the GPU can run it."""
-    n, c, hw, channels_last, dtype, stage, relu, residual = problem
+    n, c, hw, channels_last, dtype, stage, act, residual = problem
     if c == 1:
         n, hw, channels_last = 1, n * hw, False
     elif hw == 1:
@@ -91,7 +91,9 @@ def check(problem, gpu, p, needs=(True, True), alignment=16) -> None:
         assert p.segments == 1 and p.columns * p.vector == ceil(bins, 8) * 8
         assert 1 <= p.columns <= p.threads and p.columns * p.vector <= JOIN_BINS
         assert p.bins_per_channel == (1 if channels_last else hw)
-        assert channels_last or not (relu and residual), "mask bytes belong to rows of memory"
+        assert channels_last or not (act == "relu" and residual), (
+            "mask bytes belong to rows of memory"
+        )
         assert c * p.bins_per_channel % p.vector == 0
         assert p.groups == 1 or bins % 8 == 0
         assert p.groups == 1 or bins * size >= 64, "DRAM fills half lines of 64 bytes"
@@ -129,9 +131,10 @@ def check(problem, gpu, p, needs=(True, True), alignment=16) -> None:
 
     # Bytes.
     tensor = prod((n, c, hw)) * size
-    reads = (2 if backward and (needs[1] or relu or training) else 1) * tensor
-    mask = (n * hw * ceil(c, 8) if channels_last else n * c * ceil(hw, 8)) if relu else 0
-    floor = reads + needs[0] * tensor + residual * (tensor + mask)
+    reads = (2 if backward and (needs[1] or act != "none" or training) else 1) * tensor
+    mask = n * hw * ceil(c, 8) if channels_last else n * c * ceil(hw, 8)
+    added = {"none": 0, "relu": mask, "silu": tensor * backward}[act]
+    floor = reads + needs[0] * tensor + residual * (tensor + added)
     assert p.bytes_floor == floor
     assert floor <= p.bytes_moved <= floor + reads
     if p.family != "streaming" or reads <= gpu.l2_bytes // 2 or not (training and applies):
@@ -141,8 +144,8 @@ def check(problem, gpu, p, needs=(True, True), alignment=16) -> None:
 @given(
     problem=problems, gpu=st.sampled_from(list(GPUS)), needs=asked_gradients, alignment=alignments
 )
-@example((1, 1, 60000, False, "float64", "train_forward", False, False), "A100", (True, True), 16)
-@example((512, 3, 49, False, "bfloat16", "train_forward", False, False), "H200", (True, True), 16)
+@example((1, 1, 60000, False, "float64", "train_forward", "none", False), "A100", (True, True), 16)
+@example((512, 3, 49, False, "bfloat16", "train_forward", "none", False), "H200", (True, True), 16)
 def test_every_plan(problem, gpu, needs, alignment) -> None:
     forward = "forward" in problem[5]
     needs = (True, True) if forward else needs
@@ -302,16 +305,16 @@ def test_index_map_and_vector(c, hw, channels_last, dtype, alignment, index_map,
 
 
 def test_a_mask_keeps_rows() -> None:
-    assert plan(32, 64, 49, relu=True, residual=True).index_map == "rows"
-    assert plan(32, 64, 49, relu=True).index_map == "columns"
-    without = plan(32, 64, 49, "eval_forward", relu=True, residual=True, save_mask=False)
+    assert plan(32, 64, 49, act="relu", residual=True).index_map == "rows"
+    assert plan(32, 64, 49, act="relu").index_map == "columns"
+    without = plan(32, 64, 49, "eval_forward", act="relu", residual=True, save_mask=False)
     assert without.index_map == "columns"
     assert without.bytes_floor == 3 * 32 * 64 * 49 * 2
 
 
 def test_a_mask_where_only_sums_are_wanted() -> None:
     """It is read; there is no dx and no residual's gradient to keep operands for."""
-    p = plan(32, 64, 56 * 56, "train_backward", relu=True, residual=True, need_input=False,
+    p = plan(32, 64, 56 * 56, "train_backward", act="relu", residual=True, need_input=False,
              need_residual=False)  # fmt: skip
     assert (p.family, p.team, p.launches) == ("streaming", "stream", 2)
     elements = 32 * 64 * 56 * 56
@@ -321,7 +324,7 @@ def test_a_mask_where_only_sums_are_wanted() -> None:
 def test_huge_problems() -> None:
     for shape in ((1 << 16, 256, 1 << 10), (1, 1, 1 << 34), (1 << 34, 1, 1), (1, 1 << 30, 1)):
         for stage, last, gpu in product(STAGES, (False, True), GPUS):
-            problem = (*shape, last, "bfloat16", stage, False, False)
+            problem = (*shape, last, "bfloat16", stage, "none", False)
             check(problem, GPUS[gpu], _C.plan_cuda(*problem, GPUS[gpu]))
 
 
@@ -367,7 +370,7 @@ def test_explain_without_a_gpu(gpu, memory_format, training) -> None:
     e = bnext.explain(shape, torch.bfloat16, memory_format, training, GPUS[gpu], "relu", True)
     stage = "train" if training else "eval"
     for p, direction in ((e.forward, "forward"), (e.backward, "backward")):
-        assert p == plan(32, 64, 56 * 56, f"{stage}_{direction}", channels_last=last, relu=True,
+        assert p == plan(32, 64, 56 * 56, f"{stage}_{direction}", channels_last=last, act="relu",
                          residual=True, gpu=gpu)  # fmt: skip
         blocks = f"{p.team_blocks} blocks" if p.team != "block" else "one block"
         for word in (p.family, p.index_map, blocks, f"launches: {p.launches}"):

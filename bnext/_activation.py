@@ -1,0 +1,73 @@
+"""The activations: what the kernels know of each, and each from torch's operations."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bnext._extension import _C
+
+__all__ = ["ACTIVATIONS", "Activation", "activate", "check_activation", "parameter"]
+
+
+class Activation(NamedTuple):
+    """A row of csrc/activation.h."""
+
+    kind: int
+    needs: str  # of z = bn(x) + residual in backward: "nothing", "sign" or "sum"
+    devices: frozenset[str]  # whose kernels take it; elsewhere `activate` follows them
+
+
+# None is no activation.
+ACTIVATIONS: dict[str | None, Activation] = {
+    None if name == "none" else name: Activation(
+        kind, needs, frozenset(devices | {"meta"} if "cpu" in devices else devices)
+    )
+    for name, (kind, needs, devices) in _C.activations().items()
+}
+
+
+def activate(z: Tensor, act: str | None, act_param: float) -> Tensor:
+    """f(z), as torch.nn.functional computes it (TorchScript compiles it)."""
+    if act is None:
+        return z
+    if act == "relu":
+        return F.relu(z)
+    if act == "relu6":
+        return F.relu6(z)
+    if act == "leaky_relu":
+        return F.leaky_relu(z, act_param)
+    if act == "silu":
+        return F.silu(z)
+    if act == "hardswish":
+        return F.hardswish(z)
+    if act == "gelu":
+        return F.gelu(z)
+    if act == "gelu_tanh":
+        return F.gelu(z, approximate="tanh")
+    if act == "elu":
+        return F.elu(z, act_param)
+    if act == "tanh":
+        return torch.tanh(z)
+    return torch.sigmoid(z)
+
+
+def parameter(act: str | None, act_param: float | None) -> float:
+    """The number an activation works with: the one given, else torch.nn's default."""
+    if act is None:
+        return 0.0
+    if act_param is not None:
+        return act_param
+    if act == "leaky_relu":
+        return 0.01
+    return 1.0 if act == "elu" else 0.0
+
+
+def check_activation(act: str | None, act_param: float | None) -> None:
+    """Raise where there is no such activation."""
+    if act not in ACTIVATIONS:
+        names = ", ".join(repr(name) for name in ACTIVATIONS if name is not None)
+        raise ValueError(f"act must be one of {names} or None, but got {act!r}")
+    if act_param is not None and act not in ("leaky_relu", "elu"):
+        raise ValueError(f"act_param must be None where act is {act!r}, but got {act_param!r}")
