@@ -33,7 +33,7 @@ struct Ops {
 
     Tensor output = Backend::allocate_output(x);
     Tensor save_stats = allocate_save_stats(x);
-    Tensor mask = save_mask ? allocate_mask(x) : Tensor();
+    Tensor mask = save_mask ? allocate_mask(x) : undefined();
     args.input = x.tensor.const_data_ptr();
     args.residual = data(z);
     args.output = output.mutable_data_ptr();
@@ -71,7 +71,7 @@ struct Ops {
     set_activation(x.problem, z.has_value(), save_mask);
 
     Tensor output = Backend::allocate_output(x);
-    Tensor mask = save_mask ? allocate_mask(x) : Tensor();
+    Tensor mask = save_mask ? allocate_mask(x) : undefined();
     args.input = x.tensor.const_data_ptr();
     args.residual = data(z);
     args.output = output.mutable_data_ptr();
@@ -109,7 +109,7 @@ struct Ops {
     set_activation(x.problem, z.has_value(), mask.has_value());
 
     const auto output = [&](bool needed) {
-      return needed ? Backend::allocate_output(x) : Tensor();
+      return needed ? Backend::allocate_output(x) : undefined();
     };
     Tensor grad_input = output(need_input), grad_residual = output(need_residual);
     OptionalTensor grad_weight, grad_bias;
@@ -130,8 +130,8 @@ struct Ops {
       args.act_param = act_param;
       Backend::run(args, x);
     }
-    return {grad_input, grad_weight.value_or(Tensor()), grad_bias.value_or(Tensor()),
-            grad_residual};
+    return {grad_input, grad_weight ? *grad_weight : undefined(),
+            grad_bias ? *grad_bias : undefined(), grad_residual};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> batch_norm_double_backward(
@@ -162,8 +162,8 @@ struct Ops {
     x.problem.need_input = need_grad_out || need_input;
     set_activation(x.problem, z.has_value(), mask.has_value());
 
-    Tensor grad_grad_out = need_grad_out ? Backend::allocate_output(x) : Tensor();
-    Tensor grad_input = need_input ? Backend::allocate_output(x) : Tensor();
+    Tensor grad_grad_out = need_grad_out ? Backend::allocate_output(x) : undefined();
+    Tensor grad_input = need_input ? Backend::allocate_output(x) : undefined();
     OptionalTensor grad_weight;
     if (need_weight) grad_weight = allocate_grad(*weight, x);
     if (x.empty()) {
@@ -181,7 +181,7 @@ struct Ops {
       args.act_param = act_param;
       Backend::run(args, x);
     }
-    return {grad_grad_out, grad_input, grad_weight.value_or(Tensor())};
+    return {grad_grad_out, grad_input, grad_weight ? *grad_weight : undefined()};
   }
 
  private:

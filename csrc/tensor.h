@@ -172,6 +172,12 @@ struct Input {
   bool empty() const { return problem.numel() == 0; }
 };
 
+// What a call does not return. (Making one takes two allocations.)
+inline const Tensor& undefined() {
+  static const Tensor tensor;
+  return tensor;
+}
+
 // Uninitialised memory where the input is; dtype is an aoti_torch_dtype_*() code.
 inline Tensor allocate(const Device& device, Sizes sizes, Sizes strides, int32_t dtype) {
   AtenTensorHandle handle;
@@ -181,9 +187,12 @@ inline Tensor allocate(const Device& device, Sizes sizes, Sizes strides, int32_t
 }
 
 inline Tensor allocate_like(const Tensor& t, const Device& device, bool channels_last) {
-  std::vector<int64_t> strides(t.sizes().size());
+  int64_t few[8];  // on the stack: memory from the heap would be 2 % of a small tensor's call
+  const size_t dim = t.sizes().size();
+  std::vector<int64_t> many(dim > std::size(few) ? dim : 0);
+  int64_t* const strides = many.empty() ? few : many.data();
   for_each_dense_stride(t, channels_last, [&](int64_t d, int64_t stride) { strides[d] = stride; });
-  return allocate(device, t.sizes(), strides, dtype_code(t));
+  return allocate(device, t.sizes(), {strides, dim}, dtype_code(t));
 }
 
 inline Tensor allocate_like(const Input& x) {
