@@ -99,7 +99,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def _why_not(self, x: Tensor, mask: Any) -> str | None:
         if mask is not None:
             return "a mask chooses the values that count"
-        if getattr(self, "renorm", False):  # Keras before 3.14 has none
+        if getattr(self, "renorm", False):  # older Keras has none
             return "renorm corrects by the moving statistics"
         if x.dtype.is_complex:
             return f"bnext has no kernels for {x.dtype}"

@@ -158,5 +158,6 @@ def _figure(runs: Runs, factors: tuple[int, ...], goals: dict[str, float]) -> Fi
         right.set(title=f"{network}, runs that did not fail", xscale="log", xlabel="step")
         for axis in (left, right):
             axis.axhline(goal, color="black", linewidth=0.8, linestyle=":")
-            axis.legend(fontsize=7)
+            if axis.get_legend_handles_labels()[0]:  # not if all failed
+                axis.legend(fontsize=7)
     return figure

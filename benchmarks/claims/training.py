@@ -44,7 +44,8 @@ def cnn(data: Data, norm: bool) -> nn.Sequential:
     """Four convolutions with ReLU, batch norm before it."""
     layers: list[nn.Module] = []
     inputs = data.images.shape[1]
-    for outputs, stride in (16, 1), (16, 2), (32, 1), (32, 2):
+    first = 1 if data.images.shape[-1] < 16 else 2  # so that larger images cost little more
+    for outputs, stride in (16, first), (16, 2), (32, 1), (32, 2):
         layers.append(nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=not norm))
         if norm:
             layers.append(bnext.BatchNorm2d(outputs))
