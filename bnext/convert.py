@@ -188,7 +188,7 @@ def _convolutions(parent: nn.Module, traced: bool) -> Iterator[tuple[nn.Module, 
     kind: type[nn.Module] = vars(type(parent)).get("_original", type(parent))  # as before fusing
     calls: list[tuple[nn.Module, list[nn.Module | None]]] = []
     if kind.forward is nn.Sequential.forward:
-        following = itertools.pairwise([*parent.children(), None])
+        following = itertools.pairwise([*parent._modules.values(), None])
         calls = [(module, [reader]) for module, reader in following if module is not None]
     elif traced and any(isinstance(child, conv._ConvNd) for child in [*parent.modules()][1:]):
         graph = trace(parent, kind)

@@ -36,7 +36,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
     biased one. (A float64 input is computed in float64, which Keras casts to float32.)
 
     What bnext does not compute is left to Keras' own code: a call with a :attr:`mask`, ``renorm``,
-    an input with a single value per feature, and what has no kernels (such as complex numbers).
+    training on a single value per feature, and what has no kernels (such as complex numbers).
     :meth:`explain` says so for a call.
 
     Configs and weights fit both layers, so that ``keras.models.clone_model`` with a
@@ -67,7 +67,8 @@ class BatchNormalization(keras.layers.BatchNormalization):
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
         """Normalise a batch, and in training move the moving statistics; see the class."""
         x = keras.ops.convert_to_tensor(inputs)
-        if self._why_not(x, mask) is not None:
+        training = bool(training and self.trainable)
+        if self._why_not(x, training, mask) is not None:
             return super().call(inputs, training=training, mask=mask)
         if not x.is_floating_point():
             x = x.to(torch.float32)
@@ -78,7 +79,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         mean = keras.ops.cast(self.moving_mean, dtype)
         variance = keras.ops.cast(self.moving_variance, dtype)
         matrix = self._channels_second(x)
-        if not (training and self.trainable):
+        if not training:
             output = batch_norm(matrix, mean, variance, gamma, beta, False, 0.0, self.epsilon)
         else:
             # With momentum 1 the running statistics of the op are the batch's.
@@ -91,12 +92,13 @@ class BatchNormalization(keras.layers.BatchNormalization):
             self.moving_variance.assign(variance * old + biased * new)
         return keras.ops.cast(self._as_it_was(output, x), self.compute_dtype)
 
-    def explain(self, inputs: Any, mask: Any = None) -> str:
+    def explain(self, inputs: Any, training: bool | None = None, mask: Any = None) -> str:
         """Say whose code a call with these arguments runs, and why where it is not bnext's."""
-        reason = self._why_not(keras.ops.convert_to_tensor(inputs), mask)
+        x = keras.ops.convert_to_tensor(inputs)
+        reason = self._why_not(x, bool(training and self.trainable), mask)
         return "bnext" if reason is None else f"Keras: {reason}"
 
-    def _why_not(self, x: Tensor, mask: Any) -> str | None:
+    def _why_not(self, x: Tensor, training: bool, mask: Any) -> str | None:
         if mask is not None:
             return "a mask chooses the values that count"
         if getattr(self, "renorm", False):  # older Keras has none
@@ -106,7 +108,9 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if x.device.type not in DEVICES:
             missing = _C.build_info()["cuda_missing"] if x.is_cuda else "it has no kernels there"
             return f"bnext does not run on {x.device}: {missing}"
-        if x.dim() < 2 or math.prod(x.shape) <= x.shape[self.axis]:
+        if x.dim() < 2:
+            return "the input has features only, and no batch"
+        if training and math.prod(x.shape) <= x.shape[self.axis]:
             return "there is one value per feature, whose variance is zero"
         if self.epsilon <= 0:
             return "epsilon is not positive"

@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from matplotlib.figure import Figure
 from rich.box import SIMPLE
@@ -16,7 +16,6 @@ from rich.table import Table
 from benchmarks import report
 from benchmarks.claims.data import Data
 
-T = TypeVar("T")
 WITHOUT, WITH = "without batch norm", "with batch norm"
 COLORS = {WITHOUT: "tab:orange", WITH: "tab:blue"}
 NORMS = {WITHOUT: False, WITH: True}
@@ -33,7 +32,7 @@ class Setup:
     data: Data
     seeds: Sequence[int]
     quick: bool
-    track: Callable[[Sequence[T]], Iterable[T]]  # moves the progress bar
+    track: Callable[[Sequence[Any]], Iterable[Any]]  # moves the progress bar
 
     def steps(self, full: int) -> int:
         return max(10, full // 40) if self.quick else full

@@ -178,13 +178,15 @@ class Biased(nn.Module):
             nn.Conv2d(4, 4, 1, bias=False), bnext.BatchNormAct2d(4),
             nn.Conv2d(4, 4, 1), nn.ReLU(), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 4, 1),
         )  # fmt: skip
+        shared = nn.Conv2d(4, 4, 1)
+        self.shared = nn.Sequential(shared, nn.BatchNorm2d(4), shared, nn.ReLU())
         self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
         self.twice, self.bn2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
         self.again, self.bn3 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
         self.group, self.norm = nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.bn(self.conv(self.tower(x))).relu()
+        x = self.bn(self.conv(self.shared(self.tower(x)))).relu()
         y = self.twice(x)
         x = (self.bn2(y) + y).relu()
         x = self.again(self.bn3(self.again(x)))
