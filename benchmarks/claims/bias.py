@@ -114,7 +114,7 @@ def run(setup: Setup) -> Finding:
     grows = all(0.99 < g < 1.01 for g in growth)
     still = max(run.output_change for run in wrong)
     zero = max(run.gradient for run in runs[OURS])
-    agrees = grows and still < 1e-9 and zero < 1e-12
+    confirmed = grows and still < 1e-9 and zero < 1e-12
     sizes = ", ".join(
         f"{spread([run.sizes[-1] for run in each])} ({name})"
         for name, each in runs.items()
@@ -122,8 +122,8 @@ def run(setup: Setup) -> Finding:
     )
     largest = max(gradients[name] for gradients in biases for name in redundant)
     sentence = (
-        f"{verdict(agrees).capitalize()}: with the statistics kept out of the gradient, b "
-        f"{'grows by the same amount in every step' if grows else 'does not grow steadily'}, in "
+        f"The counter-example {verdict(confirmed)}: with the statistics kept out of the gradient, "
+        f"b {'grows by the same amount in every step' if grows else 'does not grow steadily'}, in "
         f"{steps} to a length of {sizes}, while no output moves by more than {still:.0e}; through "
         f"the statistics its gradient is at most {zero:.0e} of the terms that it sums, and b stays "
         f"at {max(run.sizes[-1] for run in runs[OURS]):.0e}. A "

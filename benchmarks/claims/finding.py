@@ -51,8 +51,8 @@ class Finding:
     failures: Sequence[str] = ()  # of bnext: no finding, a fault
 
 
-def verdict(agrees: bool) -> str:
-    return "agrees" if agrees else "does not agree"
+def verdict(confirmed: bool) -> str:
+    return "is confirmed" if confirmed else "is not confirmed"
 
 
 def clearly_less(smaller: Sequence[float], larger: Sequence[float]) -> bool:

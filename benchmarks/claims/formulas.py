@@ -144,10 +144,11 @@ def run(setup: Setup) -> Finding:
     numeric = worst["finite differences, float64"]
     right = all(passed) and numeric < TOLERANCE and worst["formulas, float64"] < 1e-12
     sentence = (
-        f"bnext {verdict(right)} with the paper's formulas: to {worst['formulas, float64']:.0e} of "
-        f"the largest value in float64, {worst['formulas, float32']:.0e} in float32; its gradients "
-        f"are those of finite differences to {numeric:.0e}, and torch's gradcheck and "
-        f"gradgradcheck pass for {sum(passed)} of {len(passed)} seeds."
+        f"That bnext computes the paper's formulas {verdict(right)}: to "
+        f"{worst['formulas, float64']:.0e} of the largest value in float64, "
+        f"{worst['formulas, float32']:.0e} in float32; its gradients are those of "
+        f"finite differences to {numeric:.0e}, and torch's gradcheck and gradgradcheck pass for "
+        f"{sum(passed)} of {len(passed)} seeds."
     )
     cells = [[f.name, f.text, f"`{f.line}`"] for f in FORMULAS]
     rows = [

@@ -42,7 +42,7 @@ def run(setup: Setup) -> Finding:
     good = TRAINS * max(means.values())
     trains = {norm: [std for std in stds if means[norm, std] >= good] for norm in NORMS}
     sentence = (
-        f"{verdict(len(trains[WITH]) > len(trains[WITHOUT])).capitalize()}: of the {len(stds)} "
+        f"Less sensitivity {verdict(len(trains[WITH]) > len(trains[WITHOUT]))}: of the {len(stds)} "
         f"standard deviations from {stds[0]:g} to {stds[-1]:g}, {_range(trains[WITHOUT])} train "
         f"the network without batch norm to {good:.3f} in {setup.steps(STEPS)} steps, and "
         f"{_range(trains[WITH])} the one with it."

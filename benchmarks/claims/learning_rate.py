@@ -123,12 +123,13 @@ def _sentence(
     }  # fmt: skip
     means = {f: statistics.mean(steps) for (norm, f), steps in reached.items() if norm == WITH}
     fastest = min(means, key=lambda f: means[f])
-    agrees = useful[WITH] > useful[WITHOUT] and means[fastest] < statistics.mean(
+    confirmed = useful[WITH] > useful[WITHOUT] and means[fastest] < statistics.mean(
         reached[WITHOUT, base]
     )
     return (
-        f"{network} {verdict(agrees)}: the best accuracy without batch norm, {goal:.3f} at "
-        f"x{base}, takes {steps_words(reached[WITHOUT, base])} steps, and with batch norm "
+        f"That the {network} takes higher learning rates {verdict(confirmed)}: the best accuracy "
+        f"without batch norm, {goal:.3f} at x{base}, takes "
+        f"{steps_words(reached[WITHOUT, base])} steps, and with batch norm "
         f"{steps_words(reached[WITH, fastest])} at x{fastest}; the highest rate of use, which ends "
         f"within {1 - USEFUL:.0%} of that accuracy, is {_rate(useful[WITHOUT])} without and "
         f"{_rate(useful[WITH])} with."

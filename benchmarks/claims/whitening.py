@@ -126,14 +126,14 @@ def run(setup: Setup) -> Finding:
         statistics.mean(c.correlation for c in found[name]) for name in ("as they are", BNEXT, ZCA)
     )
     unit = max(abs(v - 1) for c in found[BNEXT] for v in (c.least, c.largest))
-    agrees = unit < 0.01 and white < 0.01 and max(errors) < 1e-5
+    confirmed = unit < 0.01 and white < 0.01 and max(errors) < 1e-5
     wide = max(ratios)
     sentence = (
-        f"{verdict(agrees).capitalize()}: bnext makes every variance one (to {unit:.0e}) and "
-        f"leaves the correlations at {ours:.2f} on average ({before:.2f} before); full whitening "
-        f"takes them to {white:.0e}, and {ratios[wide]:.0f} times as long, forward and backward on "
-        f"1024x{wide}; gamma = std and beta = mean give the input back to {max(errors):.0e} of its "
-        "largest value."
+        f"Standardising without decorrelating {verdict(confirmed)}: bnext makes every variance "
+        f"one (to {unit:.0e}) and leaves the correlations at {ours:.2f} on average "
+        f"({before:.2f} before); full whitening takes them to {white:.0e}, and "
+        f"{ratios[wide]:.0f} times as long, forward and backward on 1024x{wide}; gamma = std "
+        f"and beta = mean give the input back to {max(errors):.0e} of its largest value."
     )
     cells = [
         (
