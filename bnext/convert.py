@@ -1,15 +1,18 @@
 """Turning the batch norms of an existing model into bnext's, and back, in place."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 from torch import nn
-from torch.nn.modules import batchnorm
+from torch.nn.modules import batchnorm, conv
 from torch.nn.utils import parametrize
 
 from bnext import fuse as fusing
 from bnext import modules
+from bnext._trace import trace
 
 __all__ = ["ConversionReport", "conversion_report", "convert", "revert"]
 
@@ -119,6 +122,8 @@ class ConversionReport:
     """Those that it would fuse; looked for if asked with ``fuse=True``, as is what follows."""
     unfused: dict[str, str] = field(default_factory=dict)
     """Those that it leaves unfused, and why."""
+    redundant_biases: tuple[str, ...] = ()
+    """Convolutions whose bias the batch norm after them takes away again."""
 
     def __str__(self) -> str:
         lines = [f"{len(self.bnext)} of bnext, {len(self.convertible)} to convert"]
@@ -128,6 +133,7 @@ class ConversionReport:
             lines.append(f"{len(self.fused)} fused, {len(self.fusible)} to fuse")
         for name, why in self.unfused.items():
             lines.append(f"unfused: {name or '(the model)'}: {why}")
+        lines += [f"redundant: the bias of {name}" for name in self.redundant_biases]
         return "\n".join(lines)
 
 
@@ -136,6 +142,11 @@ def conversion_report(model: nn.Module, *, fuse: bool = False) -> ConversionRepo
 
     Changes nothing; ask before or after :func:`convert`. With :attr:`fuse`, which also traces the
     model's code, say what ``convert(model, fuse=True)`` would fuse, and why not the rest.
+
+    A convolution's bias before a batch norm is redundant: in training the mean that is subtracted
+    contains it, and its gradient is zero (section 3.2 of the paper); ``bias=False`` saves both.
+    Those in a :class:`torch.nn.Sequential` are found, and with :attr:`fuse` those in any
+    ``forward`` that could be traced.
 
     Example::
 
@@ -161,7 +172,36 @@ def conversion_report(model: nn.Module, *, fuse: bool = False) -> ConversionRepo
         tuple(name for module, name in names.items() if module in fused),
         tuple(name for module, name in names.items() if module in found - fused),
         {names[module]: reason for module, reason in why.items()},
+        tuple(names[module] for module in _redundant_biases(model, fuse)),
     )
+
+
+def _redundant_biases(model: nn.Module, traced: bool) -> list[nn.Module]:
+    calls = [call for parent in model.modules() for call in _convolutions(parent, traced)]
+    # One that something else reads too, where it is called again, is needed.
+    needed = {module for module, redundant in calls if not redundant}
+    return [module for module in dict(calls) if module not in needed]
+
+
+def _convolutions(parent: nn.Module, traced: bool) -> Iterator[tuple[nn.Module, bool]]:
+    """The convolutions with a bias that a module calls, and whether only batch norms read them."""
+    kind: type[nn.Module] = vars(type(parent)).get("_original", type(parent))  # as before fusing
+    calls: list[tuple[nn.Module, list[nn.Module | None]]] = []
+    if kind.forward is nn.Sequential.forward:
+        following = itertools.pairwise([*parent._modules.values(), None])
+        calls = [(module, [reader]) for module, reader in following if module is not None]
+    elif traced and any(isinstance(child, conv._ConvNd) for child in [*parent.modules()][1:]):
+        graph = trace(parent, kind)
+        nodes = () if isinstance(graph, str) else graph.nodes
+        called = {n: parent.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"}
+        calls = [(module, [called.get(n) for n in node.users]) for node, module in called.items()]
+    for module, readers in calls:
+        if isinstance(module, conv._ConvNd) and module.bias is not None:
+            yield module, bool(readers) and all(map(_is_batch_norm, readers))
+
+
+def _is_batch_norm(module: nn.Module | None) -> bool:
+    return type(module) in _CONVERTED or isinstance(module, modules._BatchNorm)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -166,3 +166,41 @@ def test_a_model_pickled_after_conversion_loads_converted(tmp_path) -> None:
     assert type(loaded[0]) is bnext.BatchNorm2d
     torch.save(bnext.revert(model), tmp_path / "model.pt")
     assert b"bnext" not in (tmp_path / "model.pt").read_bytes()
+
+
+class Biased(nn.Module):
+    """Convolutions with a bias; of some, only a batch norm reads the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower = nn.Sequential(
+            nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(),
+            nn.Conv2d(4, 4, 1, bias=False), bnext.BatchNormAct2d(4),
+            nn.Conv2d(4, 4, 1), nn.ReLU(), nn.BatchNorm2d(4), nn.ConvTranspose2d(4, 4, 1),
+        )  # fmt: skip
+        shared = nn.Conv2d(4, 4, 1)
+        self.shared = nn.Sequential(shared, nn.BatchNorm2d(4), shared, nn.ReLU())
+        self.conv, self.bn = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.twice, self.bn2 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.again, self.bn3 = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+        self.group, self.norm = nn.Conv2d(4, 4, 1), nn.GroupNorm(2, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.bn(self.conv(self.shared(self.tower(x)))).relu()
+        y = self.twice(x)
+        x = (self.bn2(y) + y).relu()
+        x = self.again(self.bn3(self.again(x)))
+        return self.norm(self.group(x))
+
+
+@pytest.mark.parametrize("change", [lambda m: m, lambda m: bnext.convert(m, fuse=True)])
+def test_redundant_biases_are_those_that_only_a_batch_norm_reads(change) -> None:
+    model = change(Biased())
+    assert bnext.conversion_report(model).redundant_biases == ("tower.0",)
+    report = bnext.conversion_report(model, fuse=True)
+    assert sorted(report.redundant_biases) == ["conv", "tower.0"]
+    assert "redundant: the bias of conv" in str(report)
+    model(torch.randn(8, 3, 5, 5)).square().sum().backward()
+    convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+    gradients = {name: m.bias.grad for name, m in convs.items() if m.bias is not None}
+    assert {n for n, g in gradients.items() if g.norm() < 1e-4} == {*report.redundant_biases}
