@@ -50,7 +50,9 @@ def activate(z: Tensor, act: str | None, act_param: float) -> Tensor:
         return F.elu(z, act_param)
     if act == "tanh":
         return torch.tanh(z)
-    return torch.sigmoid(z)
+    if act == "sigmoid":
+        return torch.sigmoid(z)
+    raise ValueError(f"act: there is no activation named {act}")  # a script checks nothing before
 
 
 def parameter(act: str | None, act_param: float | None) -> float:
@@ -66,8 +68,16 @@ def parameter(act: str | None, act_param: float | None) -> float:
 
 def check_activation(act: str | None, act_param: float | None) -> None:
     """Raise where there is no such activation."""
-    if act not in ACTIVATIONS:
+    try:
+        known = act in ACTIVATIONS
+    except TypeError:  # it has no hash
+        known = False
+    if not known:
         names = ", ".join(repr(name) for name in ACTIVATIONS if name is not None)
         raise ValueError(f"act must be one of {names} or None, but got {act!r}")
-    if act_param is not None and act not in ("leaky_relu", "elu"):
+    if act_param is None:
+        return
+    if act not in ("leaky_relu", "elu"):
         raise ValueError(f"act_param must be None where act is {act!r}, but got {act_param!r}")
+    if not isinstance(act_param, float | int):
+        raise TypeError(f"act_param must be a float or None, but got {act_param!r}")

@@ -85,6 +85,9 @@ def normalize(
         check_values(input, running_mean, running_var, training, momentum, eps)
     added: tuple[Any, ...] = ()
     if act is not None or residual is not None:
+        if residual is not None and not isinstance(residual, Tensor):
+            name = type(residual).__name__
+            raise TypeError(f"residual: expected a tensor or None, got {name}")
         kind, _, devices = ACTIVATIONS[act]
         if kind and input.device.type not in devices:
             plain = normalize(

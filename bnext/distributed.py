@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext._activation import activate, check_activation, parameter
 from bnext._call import normalize
-from bnext.modules import _BatchNormAct, add_by_its_rules, fx_leaf, statistics
+from bnext.modules import _BatchNormAct, act_repr, add_by_its_rules, fx_leaf, statistics
 
 __all__ = ["SyncBatchNorm"]
 
@@ -37,6 +37,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         >>> model = bnext.SyncBatchNorm.convert_sync_batchnorm(model)
     """
 
+    act_param: float | None = None  # what was pickled before there was one has none
+
     def __init__(
         self, *args: Any, act: str | None = None, act_param: float | None = None, **kwargs: Any
     ) -> None:
@@ -53,7 +55,9 @@ class SyncBatchNorm(nn.SyncBatchNorm):
             self._check_non_zero_input_channels(input)
         elif getattr(input.tracer, "root", None) is not self:
             return fx_leaf(self, input, residual)
-        fits = residual is None or (residual.shape, residual.dtype) == (input.shape, input.dtype)
+        fits = not isinstance(residual, Tensor) or (
+            (residual.shape, residual.dtype) == (input.shape, input.dtype)
+        )
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if (self.training and distributed) or not fits:
             norm = super().forward
@@ -68,7 +72,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""
-        return f"{super().extra_repr()}{f', act={self.act!r}' if self.act else ''}"
+        act = f", {act_repr(self.act, self.act_param)}" if self.act else ""
+        return f"{super().extra_repr()}{act}"
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:

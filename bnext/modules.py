@@ -67,13 +67,11 @@ def add_by_its_rules(
 ) -> Tensor:
     """Activate ``norm(input) + residual`` where no op fuses the addition, all or nothing."""
     if torch.compiler.is_compiling():  # which would have refused it by now
-        output = norm(input) + residual
-    else:
-        # The usual reason to refuse, in torch's words: within a transform nothing can be undone.
-        torch._C._infer_size(input.shape, residual.shape)
-        with undone_on_error(*state):
-            output = norm(input) + residual
-    return activate(output, act, act_param)
+        return activate(norm(input) + residual, act, act_param)
+    # The usual reason to refuse, in torch's words: within a transform nothing can be undone.
+    torch._C._infer_size(input.shape, residual.shape)
+    with undone_on_error(*state):
+        return activate(norm(input) + residual, act, act_param)
 
 
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
@@ -136,7 +134,7 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         else:
             self._check_input_dim(input)
             if (
-                residual is not None
+                isinstance(residual, Tensor)
                 and tracing_state() is None  # there shapes are tensors, and all goes to `compose`
                 and (residual.shape != input.shape or residual.dtype != input.dtype)
             ):
@@ -237,6 +235,11 @@ class LazyBatchNorm3d(_BatchNorm, torch.nn.LazyBatchNorm3d):
     cls_to_become = BatchNorm3d
 
 
+def act_repr(act: str | None, act_param: float | None) -> str:
+    """The activation as `extra_repr` gives it."""
+    return f"act={act!r}" + ("" if act_param is None else f", act_param={act_param}")
+
+
 class _BatchNormAct(_BatchNorm):
     """The activation and the residual."""
 
@@ -264,7 +267,8 @@ class _BatchNormAct(_BatchNorm):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **optional
         )
-        self.act, self.act_param = act, act_param
+        self.act = act
+        self.act_param = None if act_param is None else float(act_param)  # a script takes no int
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalise a batch, add :attr:`residual` and apply the activation; see the class."""
@@ -277,8 +281,7 @@ class _BatchNormAct(_BatchNorm):
             return self._normalize(input, residual, act, parameter(act, act_param))
 
     def extra_repr(self) -> str:
-        param = "" if self.act_param is None else f", act_param={self.act_param}"
-        return f"{super().extra_repr()}, act={self.act!r}{param}"
+        return f"{super().extra_repr()}, {act_repr(self.act, self.act_param)}"
 
 
 class BatchNormAct1d(_BatchNormAct, BatchNorm1d):
