@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules import batchnorm, conv
 from torch.nn.utils import parametrize
 
+from bnext import distributed, modules
 from bnext import fuse as fusing
-from bnext import modules
 from bnext._trace import trace
 
 __all__ = ["ConversionReport", "conversion_report", "convert", "revert"]
@@ -185,23 +185,43 @@ def _redundant_biases(model: nn.Module, traced: bool) -> list[nn.Module]:
 
 def _convolutions(parent: nn.Module, traced: bool) -> Iterator[tuple[nn.Module, bool]]:
     """The convolutions with a bias that a module calls, and whether only batch norms read them."""
+    if isinstance(parent, torch.jit.ScriptModule):  # whose class has no forward to look at
+        return
     kind: type[nn.Module] = vars(type(parent)).get("_original", type(parent))  # as before fusing
     calls: list[tuple[nn.Module, list[nn.Module | None]]] = []
-    if kind.forward is nn.Sequential.forward:
+    if kind.forward is nn.Sequential.forward and "forward" not in vars(parent):
         following = itertools.pairwise([*parent._modules.values(), None])
         calls = [(module, [reader]) for module, reader in following if module is not None]
     elif traced and any(isinstance(child, conv._ConvNd) for child in [*parent.modules()][1:]):
         graph = trace(parent, kind)
         nodes = () if isinstance(graph, str) else graph.nodes
         called = {n: parent.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"}
-        calls = [(module, [called.get(n) for n in node.users]) for node, module in called.items()]
+        calls = [
+            (module, [called.get(n) if _normalizes(n, node) else None for n in node.users])
+            for node, module in called.items()
+        ]
+        # One whose parameters the forward reads itself.
+        read = [str(n.target).rpartition(".")[0] for n in nodes if n.op == "get_attr"]
+        calls += [(parent.get_submodule(owner), []) for owner in read]
     for module, readers in calls:
         if isinstance(module, conv._ConvNd) and module.bias is not None:
-            yield module, bool(readers) and all(map(_is_batch_norm, readers))
+            yield module, _is_plain(module) and bool(readers) and all(map(_is_batch_norm, readers))
+
+
+def _normalizes(call: fx.Node, value: fx.Node) -> bool:
+    """Whether a batch norm so called takes a value as its input, and not as a residual."""
+    places = [name for name, v in (*enumerate(call.args), *call.kwargs.items()) if v is value]
+    return places in ([0], ["input"])
 
 
 def _is_batch_norm(module: nn.Module | None) -> bool:
-    return type(module) in _CONVERTED or isinstance(module, modules._BatchNorm)
+    return isinstance(module, batchnorm._BatchNorm) and _is_plain(module)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module computes what torch.nn's or bnext's does, and nothing looks on."""
+    files = (conv.__name__, batchnorm.__name__, modules.__name__, distributed.__name__)
+    return type(module).forward.__module__ in files and not fusing._is_watched(module)
 
 
 def _is_norm(module: nn.Module) -> bool:
