@@ -111,7 +111,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if x.dim() < 2:
             return "the input has features only, and no batch"
         if training and math.prod(x.shape) <= x.shape[self.axis]:
-            return "there is one value per feature, whose variance is zero"
+            return "there is at most one value per feature, which has no variance"
         if self.epsilon <= 0:
             return "epsilon is not positive"
         return None
@@ -120,7 +120,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         """A view of x as [N, C, *] with no more dimensions than bnext takes, where there is one."""
         axis = self.axis % x.dim()
         if axis == x.dim() - 1 and x.is_contiguous():
-            return x.reshape(-1, x.shape[-1])
+            return x.flatten(0, -2)
         x = x.movedim(axis, 1)
         return x if x.dim() <= 5 else x.flatten(2)
 
