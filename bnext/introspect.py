@@ -141,7 +141,7 @@ def _notes(training: bool, unfused: str | None) -> tuple[str, ...]:
     """What goes to ATen's kernels on purpose; `bnext._detours` is where."""
     composed = f"{unfused} is ATen's operation, after the kernel, whose bytes these are"
     compiled = (
-        "torch.compile and torch.export keep this op"
+        "torch.compile keeps this op; torch.export and ONNX export are given ATen's batch_norm"
         if training
         else "torch.compile, torch.export and ONNX export are given ATen's batch_norm, which they "
         "fold into the convolution before"
