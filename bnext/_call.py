@@ -89,7 +89,8 @@ def normalize(
             name = type(residual).__name__
             raise TypeError(f"residual: expected a tensor or None, got {name}")
         kind, _, devices = ACTIVATIONS[act]
-        if kind and input.device.type not in devices:
+        # One that is not strided goes to the op, which refuses it, and on to ATen, all or nothing.
+        if kind and input.device.type not in devices and input.layout is torch.strided:
             plain = normalize(
                 input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
                 training, momentum, eps, None, 0.0,

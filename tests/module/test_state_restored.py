@@ -36,6 +36,16 @@ def test_an_activation_that_refuses_the_sum_changes_nothing(kind, act) -> None:
     assert_unchanged(module, before)
 
 
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", ""])
+@pytest.mark.parametrize("act", ["relu6", "leaky_relu", "silu", "hardswish", "gelu_tanh", "elu"])
+def test_an_activation_without_kernels_for_the_layout_changes_nothing(act, grad) -> None:
+    module = bnext.BatchNormAct2d(3, act=act)
+    before = state_of(module)
+    with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, NotImplementedError)):
+        module(torch.randn(4, 3, 5, 5).to_mkldnn())
+    assert_unchanged(module, before)
+
+
 @pytest.mark.parametrize("counter", [torch.float32, torch.int64], ids=str)
 @pytest.mark.parametrize("where", ["fake", "sparse", "nested", "mkldnn", "quantized"])
 def test_an_error_is_not_hidden_by_the_state_that_it_leaves(where, counter) -> None:
