@@ -146,7 +146,7 @@ def conversion_report(model: nn.Module, *, fuse: bool = False) -> ConversionRepo
     A convolution's bias before a batch norm is redundant: in training the mean that is subtracted
     contains it, and its gradient is zero (section 3.2 of the paper); ``bias=False`` saves both.
     Those in a :class:`torch.nn.Sequential` are found, and with :attr:`fuse` those in any
-    ``forward`` that could be traced.
+    ``forward`` that could be traced; none whose output a hook or a ``forward`` of its own changes.
 
     Example::
 

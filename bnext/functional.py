@@ -91,6 +91,7 @@ def batch_norm_act(
     Raises:
         ValueError: :attr:`act` is unknown or takes no :attr:`act_param`, :attr:`eps` is not
             positive, or in training there is one value per channel only.
+        TypeError: :attr:`residual` is no tensor, or :attr:`act_param` no number.
         RuntimeError: shapes, dtypes or devices do not fit together.
 
     Example::

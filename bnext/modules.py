@@ -333,6 +333,7 @@ class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
     Raises:
         ValueError: :attr:`act` is unknown or takes no :attr:`act_param`; else as
             :class:`torch.nn.BatchNorm2d`.
+        TypeError: :attr:`act_param` is no number, or the residual no tensor.
 
     .. warning::
         What replaces a batch norm by its type or attributes, such as
