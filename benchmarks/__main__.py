@@ -1,4 +1,4 @@
-"""Command line: the kernel benchmark by default (`gpu` where there is one), others by name."""
+"""Command line: the kernel benchmark by default (on a GPU if there is one), others by name."""
 
 import argparse
 import sys
