@@ -184,7 +184,7 @@ def _convolutions(parent: nn.Module, traced: bool) -> Iterator[tuple[nn.Module, 
     """The convolutions with a bias that a module calls, and whether only batch norms read them."""
     kind = fusing._own_class(parent)
     calls: list[tuple[nn.Module, list[nn.Module | None]]] = []
-    if kind.forward is nn.Sequential.forward:
+    if issubclass(kind, nn.Sequential) and kind.forward is nn.Sequential.forward:
         following = itertools.pairwise([*parent._modules.values(), None])
         calls = [(module, [reader]) for module, reader in following if module is not None]
     elif traced and any(isinstance(child, conv._ConvNd) for child in [*parent.modules()][1:]):
