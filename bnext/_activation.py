@@ -1,4 +1,4 @@
-"""The activations: what the kernels know of each, and each from torch's operations."""
+"""The activations: what the kernels know of each, and how torch's operations compute it."""
 
 from typing import NamedTuple
 
@@ -15,11 +15,10 @@ class Activation(NamedTuple):
     """A row of csrc/activation.h."""
 
     kind: int
-    needs: str  # of z = bn(x) + residual in backward: "nothing", "sign" or "sum"
-    devices: frozenset[str]  # whose kernels take it; elsewhere `activate` follows them
+    needs: str  # what backward needs of z = bn(x) + residual: "nothing", "sign" or "sum"
+    devices: frozenset[str]  # whose kernels take it; on others `activate` follows the kernel
 
 
-# None is no activation.
 ACTIVATIONS: dict[str | None, Activation] = {
     None if name == "none" else name: Activation(
         kind, needs, frozenset(devices | {"meta"} if "cpu" in devices else devices)
@@ -56,7 +55,7 @@ def activate(z: Tensor, act: str | None, act_param: float) -> Tensor:
 
 
 def parameter(act: str | None, act_param: float | None) -> float:
-    """The number an activation works with: the one given, else torch.nn's default."""
+    """The given parameter of an activation, else torch.nn's default."""
     if act is None:
         return 0.0
     if act_param is not None:
@@ -67,7 +66,7 @@ def parameter(act: str | None, act_param: float | None) -> float:
 
 
 def check_activation(act: str | None, act_param: float | None) -> None:
-    """Raise where there is no such activation."""
+    """Raise if there is no such activation."""
     try:
         known = act in ACTIVATIONS
     except TypeError:  # it has no hash

@@ -17,11 +17,10 @@ __all__ = ["SyncBatchNorm"]
 class SyncBatchNorm(nn.SyncBatchNorm):
     r"""Batch normalisation by the statistics of all processes: :class:`torch.nn.SyncBatchNorm`.
 
-    Same constructor, parameters, buffers, ``state_dict`` and errors; see there. What differs: where
-    there is nothing to synchronise (eval, no process group, or a single process) bnext's op runs,
-    and the module may have an activation, as :class:`bnext.BatchNormAct2d` has. Where there is, the
-    statistics are torch's kernels', for the devices that those support (not the CPU), and residual
-    and activation follow unfused.
+    Same constructor, parameters, buffers, ``state_dict`` and errors; see there. The differences:
+    without a process group and in eval bnext's op runs, and the module may have an activation, as
+    :class:`bnext.BatchNormAct2d` has. Otherwise torch's module runs, on the devices that it
+    supports (not the CPU), and residual and activation follow unfused.
 
     Args:
         act, act_param: as in :class:`bnext.BatchNormAct2d`. Default: ``None``, no activation. All
@@ -79,19 +78,18 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
         """Turn every batch norm in :attr:`module` into a :class:`bnext.SyncBatchNorm`.
 
-        As torch.nn's, which makes a :class:`torch.nn.SyncBatchNorm` whatever it is called on, and
-        with the activation of a :class:`bnext.BatchNormAct2d` kept. Parameters and buffers stay the
-        same objects.
+        torch.nn's method always makes a :class:`torch.nn.SyncBatchNorm`. This one also keeps the
+        activation of a :class:`bnext.BatchNormAct2d`. Parameters and buffers stay the same objects.
 
         Args:
             module: any module, possibly a batch norm itself.
-            process_group: whose processes are synchronised; all by default.
+            process_group: the processes to synchronise; all by default.
 
         Returns:
             :attr:`module`, or what a batch norm became.
         """
         if isinstance(module, _BatchNorm):
-            # torch's makes a new module of each, with the parameters and buffers of the old.
+            # torch's method makes a new module with the parameters and buffers of the old.
             converted = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
             converted.__class__ = cls
             activated = isinstance(module, _BatchNormAct | SyncBatchNorm)

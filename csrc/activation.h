@@ -1,14 +1,13 @@
-// The activation: y = f(z), z = bn(x) + residual. Its kinds, what backward needs of each, which
-// backend's kernels take it, and f itself, for device scalars and for whatever vectors the host
-// has: those bring operator<=, operator! and keep() of their own. Includes the standard library
-// only.
+// The activation y = f(z) of z = bn(x) + residual: its kinds, what backward needs of each, which
+// backends' kernels take it, and f itself. T is a device scalar or a host vector with operator<=,
+// operator! and keep() of its own. Includes only the standard library.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
 
-// Small functions of host and device, inline on both: gcc left some out of line.
+// Small functions of host and device. Always inline on the host: gcc left some out of line.
 #ifdef __CUDACC__
 #define BNEXT_HD __host__ __device__
 #else
@@ -31,14 +30,14 @@ enum class Act : uint8_t {
   kSigmoid,
 };
 
-// What backward needs to know of z: where f' takes which of two values (a bit, kept in a mask
-// where there is a residual), or z itself (computed again from the input and the residual).
+// What backward needs to know of z: nothing; which of two values f' takes (one bit, kept in a mask
+// where there is a residual); or z itself (computed again from the input and the residual).
 enum class Needs : uint8_t { kNothing, kSign, kSum };
 
 struct ActTraits {
   const char* name;
   Needs needs;
-  bool on_cpu, on_cuda;  // the kernels take it; elsewhere torch's operation follows them
+  bool on_cpu, on_cuda;  // whether the kernels take it; if not, torch's operation follows them
 };
 
 // In the order of Act.
@@ -63,7 +62,7 @@ constexpr const char* to_string(Needs n) {
   return n == Needs::kNothing ? "nothing" : n == Needs::kSign ? "sign" : "sum";
 }
 
-// Whether z passes the activation; NaN does, as in torch.
+// Whether z passes the activation. NaN does, as in torch.
 template <class T>
 BNEXT_HD inline auto passes(const T& z) {
   return !(z <= T(0));
@@ -74,7 +73,7 @@ BNEXT_HD inline T keep(bool passed, T z) {
   return passed ? z : T(0);
 }
 
-// f(z), and dy times f'(z), by whether z passed.
+// f(z) and dy * f'(z), given whether z passed.
 template <Act kAct, class Passed, class T>
 BNEXT_HD inline T activate(const Passed& passed, const T& z) {
   static_assert(kAct == Act::kRelu);
