@@ -46,7 +46,7 @@ struct Backward : BodyOf<T, kIndexMap, 2, kWanted.batch || kWanted.frozen ? 2 : 
 
   template <bool kNontemporal>
   void write(const Coefficients& k, const Place& place, const Unit<T>& x, const Unit<T>& dy) const {
-    if (this->out[0]) {
+    if (kPassed != Passed::kMask || this->out[0]) {
       Unit<T> dx;
       // With frozen statistics dx does not depend on x, not even where x is inf or nan.
       unrolled<kVecs<T>>([&](auto j) {
@@ -59,7 +59,8 @@ struct Backward : BodyOf<T, kIndexMap, 2, kWanted.batch || kWanted.frozen ? 2 : 
       });
       store_unit<kNontemporal>(this->out[0] + place.element, dx);
     }
-    if (this->out[1]) store_unit<kNontemporal>(this->out[1] + place.element, dy);
+    if (kPassed == Passed::kMask && this->out[1])
+      store_unit<kNontemporal>(this->out[1] + place.element, dy);
   }
 
   template <class Keep>

@@ -86,7 +86,7 @@ class Schedule {
                  {read(args.frozen_mean, c, 0), inverse_std(read(args.frozen_var, c, 1), args.eps)},
                  args.weight, args.bias);
     affine.publish(0, q_.c, 0, 3);
-    for_each_task([&](const Task& task) {
+    for_each_task(false, [&](const Task& task) {
       k.apply(p_, task, {affine.of(0), affine.of(1), affine.of(2)}, args, q_.act);
     });
   }
@@ -253,13 +253,13 @@ class Schedule {
     arrays.at(6, c) = g.c;
   }
 
-  // f(task) for every task; each thread takes its own last one first, so that a second pass begins
-  // with what the first left in the cache.
+  // f(task) for every task. A thread sums its own last one first and writes that one's results
+  // last, so that a second pass begins with what the first left in the cache.
   template <class F>
-  void for_each_task(const F& f) const {
+  void for_each_task(bool reverse, const F& f) const {
     parallel_(p_.blocks * p_.slices, p_.grain, [&](int64_t begin, int64_t end) {
-      for (int64_t task = end - 1; task >= begin; --task) {
-        const int64_t block = task % p_.blocks;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t task = reverse ? begin + end - 1 - i : i, block = task % p_.blocks;
         f(Task{task / p_.blocks, p_.first_channel(block), p_.first_channel(block + 1), 0});
       }
     });
@@ -320,13 +320,13 @@ class Schedule {
       return;
     }
     begin(0, q_.c);
-    for_each_task([&](const Task& task) { reduce(task, false); });
+    for_each_task(true, [&](const Task& task) { reduce(task, false); });
     if (!settle_all(0, q_.c, false)) {
-      for_each_task([&](const Task& task) { reduce(task, true); });
+      for_each_task(true, [&](const Task& task) { reduce(task, true); });
       settle_all(0, q_.c, true);
     }
     finish(0, q_.c);
-    for_each_task(apply);
+    for_each_task(false, apply);
   }
 
   const CpuPlan& p_;
