@@ -250,6 +250,8 @@ def check_act_operands(
     act: int, needs: str, residual: Tensor | None, mask: Tensor | None, had_residual: bool
 ) -> None:
     name = next(name or "none" for name, a in ACTIVATIONS.items() if a.kind == act)
+    if act == 0 and had_residual:
+        fail("act: expected one with a residual's gradient; without, that is grad_out")
     if needs == "sign" and mask is None and (had_residual or residual is not None):
         fail(f"mask: expected where a residual was added before {name}")
     if needs == "sum" and residual is None and had_residual:

@@ -107,6 +107,17 @@ def test_statistics_are_needed_in_eval() -> None:
         assert got == f"bnext: {expected}" == f"bnext: {name} must be defined in evaluation mode"
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_no_gradient_of_a_residual_without_an_activation(device) -> None:
+    x, w = torch.randn(4, 3, 5, device=device), torch.ones(3, device=device)
+    save_stats = torch.ones(3, 3, dtype=f64, device=device)
+    expected = "^bnext: act: expected one with a residual's gradient; without, that is grad_out$"
+    with pytest.raises(RuntimeError, match=expected):
+        backward(x, x, w, save_stats, 1e-5, need_residual=True)
+    with pytest.raises(RuntimeError, match=expected):
+        double_backward(x, None, None, x, x, x, w, save_stats, 1e-5)
+
+
 def test_a_required_tensor_that_is_none_is_named() -> None:
     x, w = torch.randn(4, 3, 5), torch.ones(3)
     save_stats = torch.ones(3, 3, dtype=f64)
