@@ -92,6 +92,15 @@ inline void add_in_double(V& sum, [[maybe_unused]] V& error, const V& x) {
   }
 }
 
+// From a run-time switch to an instantiation: f gets an integral constant.
+template <class F>
+inline void with_bool(bool value, F f) {
+  if (value)
+    f(std::true_type{});
+  else
+    f(std::false_type{});
+}
+
 // What all bodies are made of.
 template <class T, IndexMap kIndexMap, int kIn, int kOut, bool kMaskWritten = false>
 struct BodyOf {

@@ -34,13 +34,6 @@ inline void with_map(IndexMap map, F f) {
   else
     f(std::integral_constant<IndexMap, IndexMap::kColumns>{});
 }
-template <class F>
-inline void with_bool(bool value, F f) {
-  if (value)
-    f(std::true_type{});
-  else
-    f(std::false_type{});
-}
 
 // Table<T>::value for the dtype's storage type T.
 template <template <class> class Table>
