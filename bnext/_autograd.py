@@ -32,14 +32,17 @@ def _backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
     need_input, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
     input, weight, save_stats, *operands = ctx.saved_tensors
     eps, act, act_param = ctx.eps_and_act
-    plain = act == 0 and not operands and need_input and need_weight and need_bias
     grads: _Grads = (None, None, None, None)
-    if plain and not is_dynamo_compiling() and not is_grad_enabled():
+    if is_dynamo_compiling():
+        op = TRACED.backward
+    elif is_grad_enabled():
+        op = _differentiable_backward
+    elif act == 0 and not operands and need_input and need_weight and need_bias:
+        op = None  # defaults cost less than passing them
         grads = EAGER.backward(grad_out, input, weight, save_stats, eps)
-    elif act or need_input or need_weight or need_bias:
-        op = TRACED.backward if is_dynamo_compiling() else EAGER.backward
-        if is_grad_enabled() and not is_dynamo_compiling():
-            op = _differentiable_backward
+    else:
+        op = EAGER.backward
+    if op and (act or need_input or need_weight or need_bias):
         grads = op(
             grad_out, input, weight, save_stats, eps, *(operands or _NO_OPERANDS), act, act_param,
             need_input, need_weight, need_bias, need_residual and act != 0,

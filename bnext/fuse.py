@@ -268,7 +268,8 @@ def _plan(module: nn.Module) -> _Plan | str:
         for name, value in {**scripted.globals, **code.globals}.items()
         if name in used
     )
-    new = _fused_class(kind, code.src, scripted.src, names, tuple(targets))  # type: ignore[arg-type]
+    sources = code.src, scripted.src
+    new = _fused_class(kind, *sources, names, tuple(targets))  # type: ignore[arg-type]
     return _Plan(new, called, {module.get_submodule(target) for target in targets})
 
 

@@ -93,7 +93,8 @@ def bias_gradients(data: Data, seed: int) -> dict[str, float]:
     """Of each convolution, by name: its bias' gradient, relative to that of its weight."""
     torch.manual_seed(seed)
     model = Network(data.images.shape[1])
-    F.cross_entropy(model(data.images[:60]), data.labels[:60]).backward()  # type: ignore[no-untyped-call]
+    loss = F.cross_entropy(model(data.images[:60]), data.labels[:60])
+    loss.backward()  # type: ignore[no-untyped-call]
     return {
         name: (conv.bias.grad.norm() / conv.weight.grad.norm()).item()  # type: ignore[union-attr]
         for name, conv in model.named_modules()

@@ -43,7 +43,8 @@ bnext_switch_stack:
   mov sp, x1
   ldp x19, x20, [sp, #0]; ldp x21, x22, [sp, #16]; ldp x23, x24, [sp, #32]
   ldp x25, x26, [sp, #48]; ldp x27, x28, [sp, #64]; ldp x29, x30, [sp, #80]
-  ldp d8, d9, [sp, #96]; ldp d10, d11, [sp, #112]; ldp d12, d13, [sp, #128]; ldp d14, d15, [sp, #144]
+  ldp d8, d9, [sp, #96]; ldp d10, d11, [sp, #112]
+  ldp d12, d13, [sp, #128]; ldp d14, d15, [sp, #144]
   add sp, sp, #160
   ret
 .size bnext_switch_stack,.-bnext_switch_stack
