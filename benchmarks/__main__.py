@@ -30,6 +30,8 @@ def _parser() -> argparse.ArgumentParser:
     dtypes = ["float32", "bfloat16"]
     kernel.add_argument("--dtype", nargs="+", default=dtypes, choices=cases.DTYPES)
     kernel.add_argument("--layout", nargs="+", default=cases.LAYOUTS, choices=cases.LAYOUTS)
+    kinds = [name for name in cases.VARIANTS if name != "frozen"]
+    kernel.add_argument("--variant", nargs="+", default=kinds, choices=cases.VARIANTS)
     kernel.add_argument("--filter", default="", help="regular expression, as in '64x56.*bfloat16'")
     kernel.add_argument("--budget", type=float, help="seconds per case, direction and allocator")
     kernel.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
@@ -41,8 +43,11 @@ def _parser() -> argparse.ArgumentParser:
     on_gpu.add_argument("--minutes", type=float, default=6.0, help="for everything (%(default)s)")
     on_gpu.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     network = commands.add_parser("resnet50", parents=[shared], help=resnet50.__doc__)
-    network.add_argument("--device", default="cuda", help="cuda, cuda:1, ...; cpu: a smoke test")
-    network.add_argument("--batch", type=int, help="images (default 256; 4 with --quick)")
+    network.add_argument("--device", default="cuda", help="cuda, cuda:1, ..., cpu (default cuda)")
+    network.add_argument("--batch", type=int, help="images (default 256; 8 on a CPU)")
+    network.add_argument(
+        "--size", type=int, help="of the square images (default 224; 128 on a CPU)"
+    )
     network.add_argument("--minutes", type=float, default=9.0, help="for all (%(default)s)")
     network.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     traffic = commands.add_parser("dram", parents=[shared], help=dram.__doc__)
@@ -77,9 +82,12 @@ def main(argv: list[str]) -> int:
         seeds = (2 if args.quick else 5) if args.seeds is None else args.seeds
         return claims.run(args.out, args.only, args.data, seeds, args.quick)
     if args.command == "resnet50":
-        batch = args.batch or (4 if args.quick else 256)
+        device = torch.device(args.device)
+        on_gpu = device.type == "cuda"
+        batch = args.batch or (4 if args.quick else 256 if on_gpu else 8)
+        size = args.size or (64 if args.quick else 224 if on_gpu else 128)
         network = resnet50.Settings(
-            torch.device(args.device), batch, 64 if args.quick else 224, 2 if args.quick else 20
+            device, batch, size, 5 if on_gpu else 1, 0 if args.quick else 20
         )
         return resnet50.run(args.out, network, args.minutes, not args.no_compile)
     if args.command == "dram":
@@ -94,8 +102,8 @@ def main(argv: list[str]) -> int:
         )  # fmt: skip
     shapes = cases.QUICK if args.quick else cases.RESNET50
     batch = args.batch or (4 if args.quick else 32)
-    every = cases.resnet50((batch,), args.dtype, ("bn",), args.layout, shapes)
-    budget_s = args.budget or (0.05 if args.quick else 1.0)
+    every = cases.resnet50((batch,), args.dtype, args.variant, args.layout, shapes)
+    budget_s = args.budget or (0.05 if args.quick else 0.3)
     some = cases.matching(every, args.filter)
     return kernels.run(some, args.out, budget_s, with_compile=not args.no_compile)
 

@@ -17,7 +17,7 @@ BATCHES = (32, 64, 128, 256)
 class Variant(NamedTuple):
     training: bool
     residual: bool
-    relu: bool
+    act: str | None
 
     def floor(self, direction: str) -> int:
         """How many activation-sized tensors must cross the memory bus."""
@@ -26,10 +26,11 @@ class Variant(NamedTuple):
 
 
 VARIANTS = {
-    "bn": Variant(True, False, False),
-    "bn_relu": Variant(True, False, True),
-    "bn_add_relu": Variant(True, True, True),
-    "frozen": Variant(False, False, False),
+    "bn": Variant(True, False, None),
+    "bn_relu": Variant(True, False, "relu"),
+    "bn_silu": Variant(True, False, "silu"),
+    "bn_add_relu": Variant(True, True, "relu"),
+    "frozen": Variant(False, False, None),
 }
 
 

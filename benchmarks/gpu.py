@@ -64,7 +64,8 @@ class Run:
         self.failed = False
 
     def subjects(self, case: Case) -> dict[str, Subject]:
-        return providers.subjects(case, self.device, case in self.to_compile)
+        peers = [*["aten"] * self.on_gpu, *["compile"] * (case in self.to_compile)]
+        return providers.subjects(case, self.device, *peers)
 
     def measure(self, case: Case) -> None:
         subjects = self.subjects(case)

@@ -1,4 +1,4 @@
-"""ResNet-50's batch norms on the CPU: every provider is checked first, then timed."""
+"""ResNet-50's batch norms on the CPU, alone and with what follows them: checked, then timed."""
 
 from pathlib import Path
 
@@ -17,10 +17,16 @@ ALLOCATORS = {
 }
 
 
+def subjects(case: Case, with_compile: bool) -> dict[str, providers.Subject]:
+    """Everyone for the plain batch norm; for it with what follows, the same modules in eager."""
+    peers = [*["compile"] * with_compile, "onednn"] if case.variant == "bn" else []
+    return providers.subjects(case, CPU, *peers)
+
+
 def check_all(cases: list[Case], with_compile: bool, progress: Progress) -> report.Verdicts:
     verdicts: report.Verdicts = {}
     for case in progress.track(cases, description="checking"):
-        verdicts[case] = check(case, providers.subjects(case, CPU, with_compile))
+        verdicts[case] = check(case, subjects(case, with_compile))
         for failure in (f for verdict in verdicts[case].values() for f in verdict.failures):
             progress.console.print(f"[red]beyond the bound:[/red] {failure}", highlight=False)
     return verdicts
@@ -33,10 +39,9 @@ def measure(
     for case in progress.track(cases, description=f"timing, {allocator} allocator"):
         if allocator == "warm":
             cpu_clock.touch(12 * case.bytes)  # operands, retained outputs, results and reserve
-        subjects = providers.subjects(case, CPU, with_compile)
+        some = subjects(case, with_compile)
         for direction in DIRECTIONS[:2]:
-            names = "copy", *subjects
-            calls = {name: providers.call(subjects, name, direction) for name in names}
+            calls = {name: providers.call(some, name, direction) for name in ("copy", *some)}
             key = report.Key(case, direction, allocator)
             timings[key] = cpu_clock.alternate(calls, budget_s)
     return timings
@@ -59,13 +64,16 @@ def run(cases: list[Case], out: Path, budget_s: float, with_compile: bool) -> in
         facts["warm allocator"] = f"left out: {no_warm}" if no_warm else "mallopt"
         if no_warm is None:
             timings |= measure(cases, "warm", reason is None, budget_s, progress)
+    facts = {"summary": report.headline(timings, facts)} | facts
+    console.print(facts["summary"], highlight=False)
     for table in report.cpu_tables(timings):
         console.print(table)
     for allocator, meaning in ALLOCATORS.items():
         console.print(f"{allocator} allocator: {meaning}.", highlight=False)
     console.print(report.facts_table(facts))
     report.write_csv(out / "kernels.csv", facts, report.cpu_rows(timings))
-    for allocator, some in report.grouped(timings, lambda key: key.setting).items():
+    plain = {key: p for key, p in timings.items() if key.case.variant == "bn"}
+    for allocator, some in report.grouped(plain, lambda key: key.setting).items():
         title = f"Training batch norm, ResNet-50's shapes, {allocator} allocator"
         report.plot_bandwidth(out / f"bandwidth-{allocator}.png", some, title, facts)
     console.print(f"Written to {out}/kernels.csv and bandwidth-*.png", highlight=False)

@@ -1,4 +1,4 @@
-"""The implementations to compare: bnext, torch.nn in three ways, and a copy as the bound."""
+"""The implementations to compare: bnext, torch.nn in four ways, and a copy as the bound."""
 
 import contextlib
 import functools
@@ -18,17 +18,17 @@ MOMENTUM, EPS = 0.1, 1e-5
 
 
 class NormAct(nn.Module):
-    """relu(norm(x) + residual), in place after the norm as in torchvision's ResNet."""
+    """act(norm(x) + residual), in place after the norm as in torchvision's ResNet."""
 
-    def __init__(self, norm: nn.Module, relu: bool = True) -> None:
+    def __init__(self, norm: nn.Module, act: str | None = None) -> None:
         super().__init__()
-        self.norm, self.relu = norm, relu
+        self.norm, self.act = norm, act
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = self.norm(x)
         if residual is not None:
             y += residual
-        return F.relu(y, inplace=True) if self.relu else y
+        return getattr(F, self.act)(y, inplace=True) if self.act else y
 
 
 @dataclass
@@ -45,15 +45,19 @@ class Subject:
         """A provider's module in `case`; its parameters are float32, as under AMP."""
         kind, dims = case.kind, max(len(case.shape) - 2, 1)
         library = bnext if provider == "bnext" else nn
-        fused = provider == "bnext" and (kind.relu or kind.residual)
+        fused = provider == "bnext" and (kind.act is not None or kind.residual)
         name = f"BatchNorm{'Act' if fused else ''}{dims}d"
-        norm = getattr(library, name)(case.shape[1], eps=EPS, momentum=MOMENTUM)
+        act = {"act": kind.act} if fused else {}
+        norm = getattr(library, name)(case.shape[1], eps=EPS, momentum=MOMENTUM, **act)
         norm = norm.to(operands.x.device)
         generator = torch.Generator().manual_seed(1)
         with torch.no_grad():
             norm.weight.copy_(torch.rand(case.shape[1], generator=generator))
             norm.bias.copy_(torch.randn(case.shape[1], generator=generator))
-        module = norm if fused else NormAct(norm, kind.relu)
+        module = norm if fused else NormAct(norm, kind.act)
+        if provider == "onednn":
+            x, grad_out = (t.detach().to_mkldnn() for t in (operands.x, operands.grad_out))
+            operands = Operands(x.requires_grad_(), None, grad_out)
         return cls(provider, case, operands, module.train(kind.training))
 
     @property
@@ -105,11 +109,14 @@ def why_not_compiled(device: str = "cpu") -> str | None:
     return None
 
 
-def subjects(case: Case, device: torch.device, with_compile: bool) -> dict[str, Subject]:
-    """All providers on the same operands; "eager" is torch's default, which may choose cuDNN."""
+def subjects(case: Case, device: torch.device, *peers: str) -> dict[str, Subject]:
+    """The modules of bnext and of its peers on the same operands.
+
+    Peers are "eager", which is torch's default and may choose cuDNN, "aten", "compile", and
+    "onednn", torch's batch norm of tensors in oneDNN's own layout.
+    """
     operands = case.operands(device)
-    names = ["bnext", "eager", *["aten"] * (device.type == "cuda"), *["compile"] * with_compile]
-    return {name: Subject.of(name, case, operands) for name in names}
+    return {name: Subject.of(name, case, operands) for name in ("bnext", "eager", *peers)}
 
 
 def call(subjects: Mapping[str, Subject], provider: str, direction: str) -> Call:

@@ -23,7 +23,7 @@ from bnext import _C
 
 COLORS = {
     "bnext": "tab:blue", "eager": "tab:orange", "aten": "tab:red", "compile": "tab:green",
-    "copy": "black",
+    "onednn": "tab:purple", "copy": "black",
 }  # fmt: skip
 LARGE_BYTES = 200e6  # in larger tensors the share of the copy counts, not the launches
 
@@ -56,7 +56,7 @@ def provenance() -> dict[str, str]:
         "cpu": _cpu_model(),
         "threads": str(threads),
         "load before": f"{os.getloadavg()[0]:.1f}",
-        "isa": cpu.isa,
+        "isa": f"{cpu.isa}, torch {torch.backends.cpu.get_cpu_capability()}",
         "caches": f"L1 {cpu.l1_bytes >> 10} KiB, L2 {cpu.l2_bytes >> 10} KiB, "
         f"L3 {cpu.l3_bytes >> 10} KiB",
         "system": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
@@ -122,15 +122,17 @@ def numbers_table(title: str, labels: Iterable[str], numbers: Iterable[str]) -> 
 
 def error_table(verdicts: Verdicts) -> Table:
     """The worst error over the shapes."""
-    names = list(next(iter(verdicts.values())))
+    names = [*dict.fromkeys(name for verdict in verdicts.values() for name in verdict)]
     title = "largest error against float64, relative to the largest value"
     table = numbers_table(title, ["case"], names)
     table.caption = "* beyond the tests' bound: twice eager's error plus unavoidable roundings"
     for dtype, layout in dict.fromkeys((case.dtype, case.layout) for case in verdicts):
         some = [v for case, v in verdicts.items() if (case.dtype, case.layout) == (dtype, layout)]
-        worst = (max(v[name].error for v in some) for name in names)
-        marks = ("*" if any(v[name].failures for v in some) else "" for name in names)
-        cells = (f"{error:.1e}{mark}" for error, mark in zip(worst, marks, strict=True))
+        by_name = [[v[name] for v in some if name in v] for name in names]
+        cells = (
+            f"{max(v.error for v in own):.1e}{'*' if any(v.failures for v in own) else ''}"
+            for own in by_name if own
+        )  # fmt: skip
         table.add_row(f"{dtype} {layout}", *cells)
     return table
 
@@ -165,6 +167,34 @@ def network_speedup(group: Timings, peer: Peer) -> float | None:
     return sum(n * peer(p) for n, p in layers) / ours if layers else None
 
 
+def headline(timings: Timings, facts: Mapping[str, str]) -> str:
+    """What to quote: bnext's speed over eager, outputs in fresh memory, as geometric means."""
+    fresh = {key: p for key, p in timings.items() if key.setting == "fresh"}
+
+    def mean(some: Timings) -> str:
+        return f"{statistics.geometric_mean(speedups(some, eager_ms)):.2f}"
+
+    parts = []
+    for variant, group in grouped(fresh, lambda key: key.case.variant).items():
+        if variant == "bn":
+            ways = grouped(group, lambda key: key.direction)
+            speeds = ", ".join(f"{way} {mean(some)}" for way, some in ways.items())
+            parts.append(f"batch norm {speeds}")
+        else:
+            # Both directions of a case, by their sums.
+            sums: dict[Case, list[float]] = {}
+            for key, p in group.items():
+                total = sums.setdefault(key.case, [0.0, 0.0])
+                total[0], total[1] = total[0] + eager_ms(p), total[1] + p["bnext"].ms
+            ratio = statistics.geometric_mean([eager / ours for eager, ours in sums.values()])
+            name = variant.replace("bn_", "with ").replace("_", " + ")
+            parts.append(f"{name} {ratio:.2f}")
+    return (
+        f"Times as fast as eager PyTorch on {facts['cpu']} ({facts['isa']}), {facts['threads']} "
+        f"threads: {'; '.join(parts)} (fused, forward and backward)"
+    )
+
+
 def grouped(timings: Timings, by: Callable[[Key], Any]) -> dict[Any, Timings]:
     groups: dict[Any, Timings] = {}
     for key, providers in timings.items():
@@ -177,17 +207,23 @@ def _mean_and_worst(ratios: list[float], worst: Callable[[list[float]], float] =
 
 
 def cpu_tables(timings: Timings) -> Iterable[Table]:
-    """A table of shapes per direction, allocator, dtype and layout; then one table of all."""
-    others = [name for name in next(iter(timings.values())) if name not in ("bnext", "copy")]
+    """A table of shapes per direction, allocator and kind of case; then one table of all."""
+    every = dict.fromkeys(name for by_provider in timings.values() for name in by_provider)
+    peers = [name for name in every if name not in ("bnext", "copy")]
     summary = numbers_table(
         "speed of bnext against the others, its time in copies: geometric mean (worst)",
-        ["direction", "malloc", "dtype", "layout"],
-        [*(f"vs {name}" for name in others), "time/copy"],
+        ["variant", "direction", "malloc", "dtype", "layout"],
+        [*(f"vs {name}" for name in peers), "time/copy"],
     )
-    groups = grouped(timings, lambda k: (k.direction, k.setting, k.case.dtype, k.case.layout))
-    for (direction, allocator, dtype, layout), group in groups.items():
-        title = f"{direction}, {dtype}, {layout}, {allocator} allocator, median ms"
-        copies = {"forward": "copy", "backward": "1.5\ncopies"}[direction]
+    groups = grouped(
+        timings,
+        lambda k: (k.case.variant, k.direction, k.setting, k.case.dtype, k.case.layout),
+    )
+    for (variant, direction, allocator, dtype, layout), group in groups.items():
+        others = [name for name in peers if name in next(iter(group.values()))]
+        title = f"{variant} {direction}, {dtype}, {layout}, {allocator} allocator, median ms"
+        floor = next(iter(group)).case.kind.floor(direction)
+        copies = f"{floor / 2:g}\ncopies"
         columns = [copies, "bnext", *others, *(f"vs\n{name}" for name in others)]
         columns += [f"vs {copies}", "useful\nGB/s", "faults"]
         table = numbers_table(title, ["N, C, H, W"], columns)
@@ -204,10 +240,13 @@ def cpu_tables(timings: Timings) -> Iterable[Table]:
                 str(ours.median_faults),
             )
         yield table
-        ratios = [speedups(group, lambda p, name=name: p[name].ms) for name in others]
+        ratios = [
+            speedups(group, lambda p, name=name: p[name].ms) if name in others else []
+            for name in peers
+        ]
         slowness = [p["bnext"].ms / ceiling_ms(key, p) for key, p in group.items()]
         cells = *map(_mean_and_worst, ratios), _mean_and_worst(slowness, max)
-        summary.add_row(direction, allocator, dtype, layout, *cells)
+        summary.add_row(variant, direction, allocator, dtype, layout, *cells)
     yield summary
 
 
@@ -252,6 +291,7 @@ def cpu_rows(timings: Timings) -> Iterable[dict[str, Any]]:
             yield {
                 "direction": key.direction,
                 "allocator": key.setting,
+                "variant": case.variant,
                 "dtype": case.dtype,
                 "layout": case.layout,
                 "batch": case.shape[0],

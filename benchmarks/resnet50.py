@@ -11,67 +11,68 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import bnext
-from benchmarks import report
-from benchmarks.providers import NormAct
+from benchmarks import cpu_clock, report
 
-CLASSES, WARM_UP_STEPS = 1000, 5
-Norm = Callable[[int], nn.Module]  # relu(norm(x) + residual)
+CLASSES = 1000
 
 
 class Bottleneck(nn.Module):
     """Residual block with three convolutions (He et al. 2016), stride in the 3x3."""
 
-    def __init__(self, inputs: int, width: int, stride: int, norm: Norm) -> None:
+    def __init__(self, inputs: int, width: int, stride: int) -> None:
         super().__init__()
         outputs = 4 * width
-        self.conv1, self.norm1 = nn.Conv2d(inputs, width, 1, bias=False), norm(width)
+        self.conv1, self.norm1 = nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, padding=1, bias=False)
-        self.norm2 = norm(width)
-        self.conv3, self.norm3 = nn.Conv2d(width, outputs, 1, bias=False), norm(outputs)
-        self.shortcut = nn.Identity()
+        self.norm2 = nn.BatchNorm2d(width)
+        self.conv3, self.norm3 = nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
             conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
             self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm2(self.conv2(self.norm1(self.conv1(x))))
-        return self.norm3(self.conv3(y), self.shortcut(x))
+        y = self.relu(self.norm1(self.conv1(x)))
+        y = self.relu(self.norm2(self.conv2(y)))
+        y = self.norm3(self.conv3(y))
+        y += self.shortcut(x)
+        out: Tensor = self.relu(y)
+        return out
 
 
 class ResNet50(nn.Sequential):
-    def __init__(self, norm: Norm) -> None:
-        layers = [nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), norm(64)]
-        layers.append(nn.MaxPool2d(3, 2, padding=1))
+    def __init__(self) -> None:
+        layers = [nn.Conv2d(3, 64, 7, 2, padding=3, bias=False), nn.BatchNorm2d(64)]
+        layers += [nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)]
         inputs = 64
         for width, blocks, stride in (64, 3, 1), (128, 4, 2), (256, 6, 2), (512, 3, 2):
             for i in range(blocks):
-                layers.append(Bottleneck(inputs, width, 1 if i else stride, norm))
+                layers.append(Bottleneck(inputs, width, 1 if i else stride))
                 inputs = 4 * width
         head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, CLASSES)
         super().__init__(*layers, *head)
 
 
-def _torchs(channels: int) -> nn.Module:
-    return NormAct(nn.BatchNorm2d(channels))
-
-
-NORMS = ("nn.BatchNorm2d", "bnext.convert", "BatchNormAct2d")
+NORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "nn.BatchNorm2d": lambda model: model,
+    "convert": bnext.convert,
+    "convert(fuse=True)": lambda model: bnext.convert(model, fuse=True),
+}
 
 
 def model(norm: str) -> nn.Module:
     """A ResNet-50 with the same initial parameters for every norm."""
     torch.manual_seed(0)
-    if norm == "nn.BatchNorm2d":
-        return ResNet50(_torchs)
-    # Also converts the shortcuts' norms, which have no activation, beside BatchNormAct2d.
-    return bnext.convert(ResNet50(_torchs if norm == "bnext.convert" else bnext.BatchNormAct2d))
+    return NORMS[norm](ResNet50())
 
 
 class Settings(NamedTuple):
     device: torch.device
     batch: int
     size: int  # of the square images
-    steps: int  # timed
+    steps: int  # per round
+    budget_s: float  # for the rounds of one precision
 
 
 class Precision(NamedTuple):
@@ -81,22 +82,20 @@ class Precision(NamedTuple):
 
 
 PRECISIONS = {
-    "AMP bfloat16, channels_last": Precision(torch.bfloat16, torch.channels_last, 5e-2),
-    "float32, nchw": Precision(None, torch.contiguous_format, 1e-3),
+    f"{name}, {layout}": Precision(dtype, memory_format, tolerance)
+    for name, dtype, tolerance in (("AMP bfloat16", torch.bfloat16, 5e-2), ("float32", None, 1e-3))
+    for layout, memory_format in (
+        ("channels_last", torch.channels_last),
+        ("nchw", torch.contiguous_format),
+    )
 }
 
 
-class Result(NamedTuple):
-    first_loss: float
-    images_per_s: float
-    peak_bytes: int | None
-
-
-def train(model: nn.Module, precision: Precision, settings: Settings, compiled: bool) -> Result:
-    device, batch, size, steps = settings
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.set_device(device.index or 0)
+def training_step(
+    model: nn.Module, precision: Precision, settings: Settings, compiled: bool
+) -> Callable[[], Tensor]:
+    """A call that trains on one batch and returns the loss."""
+    device, batch, size = settings[:3]
     model = model.to(device, memory_format=precision.memory_format).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
     generator = torch.Generator().manual_seed(0)
@@ -104,7 +103,6 @@ def train(model: nn.Module, precision: Precision, settings: Settings, compiled: 
     images = images.to(device, memory_format=precision.memory_format)
     labels = torch.randint(CLASSES, (batch,), generator=generator).to(device)
     if compiled:
-        torch._dynamo.reset()
         model.compile(dynamic=False)
 
     def step() -> Tensor:
@@ -115,33 +113,51 @@ def train(model: nn.Module, precision: Precision, settings: Settings, compiled: 
         optimizer.step()
         return loss.detach()
 
-    def wait() -> None:
-        if on_gpu:
-            torch.cuda.synchronize(device)
+    return step
 
-    first_loss = float(step())
-    for _ in range(WARM_UP_STEPS if on_gpu else 0):
-        step()
-    wait()
+
+class Result(NamedTuple):
+    first_loss: float
+    timing: cpu_clock.Timing  # of a round
+    peak_bytes: int | None  # beyond what was held before the step
+
+
+def measure(precision: Precision, settings: Settings, compiled: bool) -> dict[str, Result]:
+    """The networks with each norm take turns."""
+    torch._dynamo.reset()
+    on_gpu = settings.device.type == "cuda"
     if on_gpu:
-        torch.cuda.reset_peak_memory_stats(device)
-    start = time.perf_counter()
-    for _ in range(steps):
-        step()
-    wait()
-    seconds = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated(device) if on_gpu else None
-    return Result(first_loss, batch * steps / seconds, peak)
+        torch.cuda.set_device(settings.device.index or 0)
+    losses, peaks, calls = {}, dict.fromkeys(NORMS), dict[str, cpu_clock.Call]()
+    for name in NORMS:
+        step = training_step(model(name), precision, settings, compiled)
+        losses[name] = float(step())
+        if on_gpu:
+            held = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            step()
+            peaks[name] = torch.cuda.max_memory_allocated() - held
+
+        def timed(step: Callable[[], Tensor] = step) -> None:
+            for _ in range(settings.steps):
+                step()
+            if on_gpu:
+                torch.cuda.synchronize()
+
+        calls[name] = timed
+    timings = cpu_clock.alternate(calls, settings.budget_s)
+    return {name: Result(losses[name], timings[name], peaks[name]) for name in NORMS}
 
 
 @torch.backends.cudnn.flags(enabled=True, benchmark=True)
 def run(out: Path, settings: Settings, minutes: float, with_compile: bool) -> int:
     console = Console(width=110)
     end = time.perf_counter() + minutes * 60
-    facts = report.provenance() | report.gpu_facts(settings.device)
-    images = f"{settings.batch} images of {settings.size}x{settings.size}"
-    facts["step"] = f"{images}, {settings.steps} steps timed"
-    facts["convolutions"] = f"TF32 {'on' if torch.backends.cudnn.allow_tf32 else 'off'} in float32"
+    facts = report.provenance()
+    if settings.device.type == "cuda":
+        facts |= report.gpu_facts(settings.device)
+        facts["convolutions"] = f"TF32 {torch.backends.cudnn.allow_tf32} in float32"
+    facts["step"] = f"{settings.batch} images of {settings.size}x{settings.size}"
     console.print(report.facts_table(facts))
     table = report.numbers_table(
         "ResNet-50 training step", ["precision", "mode", "batch norm"],
@@ -150,18 +166,18 @@ def run(out: Path, settings: Settings, minutes: float, with_compile: bool) -> in
     rows, wrong = [], False
     runs = [(m, p) for m in ("eager", "compile")[: 1 + with_compile] for p in PRECISIONS]
     for mode, precision in runs:
-        base: Result | None = None
-        for name in NORMS:
-            if time.perf_counter() > end:
-                console.print(f"left out, no time: {precision}, {mode}, {name}")
-                continue
-            result = train(model(name), PRECISIONS[precision], settings, mode == "compile")
-            base = base or result
+        if time.perf_counter() > end:
+            console.print(f"left out, no time: {precision}, {mode}")
+            continue
+        results = measure(PRECISIONS[precision], settings, mode == "compile")
+        base = results["nn.BatchNorm2d"]
+        for name, result in results.items():
             differs = abs(result.first_loss - base.first_loss) / abs(base.first_loss)
             wrong |= not differs <= PRECISIONS[precision].tolerance
-            speed = result.images_per_s / base.images_per_s
+            speed = settings.batch * settings.steps / result.timing.ms * 1e3
             peak = "" if result.peak_bytes is None else f"{result.peak_bytes / 2**30:.2f}"
-            cells = f"{result.first_loss:.5f}", f"{result.images_per_s:.1f}", f"{speed:.3f}", peak
+            ratio = base.timing.ms / result.timing.ms
+            cells = f"{result.first_loss:.5f}", f"{speed:.1f}", f"{ratio:.3f}", peak
             table.add_row(precision, mode, name, *cells)
             columns = "first_loss", "images_per_s", "speed_over_torch", "peak_gib"
             labels = {"precision": precision, "mode": mode, "batch_norm": name}
