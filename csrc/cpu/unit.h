@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "float16.h"
 #include "vec.h"
 
 namespace bnext::BNEXT_ISA_NAMESPACE {
@@ -86,7 +87,7 @@ inline Unit<T> load_unit(const T* p) {
 #elif defined(__F16C__)
       r.v[j].v[0] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + j * kLanes)));
 #else
-      _Float16 half[kLanes];
+      HostFloat16 half[kLanes];
       float lane[kLanes];
       std::memcpy(half, p + j * kLanes, sizeof half);
       for (int i = 0; i < kLanes; ++i) lane[i] = half[i];
@@ -158,9 +159,9 @@ inline Packed<T> pack(const Unit<T>& x) {
     r.v[0] = (typename Packed<T>::native)_mm256_set_m128i(half[1], half[0]);
 #else
     float lane[kUnit<T>];
-    _Float16 half[kUnit<T>];
+    HostFloat16 half[kUnit<T>];
     std::memcpy(lane, &x, sizeof lane);
-    for (int i = 0; i < kUnit<T>; ++i) half[i] = static_cast<_Float16>(lane[i]);
+    for (int i = 0; i < kUnit<T>; ++i) half[i] = static_cast<HostFloat16>(lane[i]);
     std::memcpy(&r, half, sizeof r);
 #endif
   } else {
