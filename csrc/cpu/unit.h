@@ -86,6 +86,10 @@ inline Unit<T> load_unit(const T* p) {
       r.v[j].v[0] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + j * kLanes)));
 #elif defined(__F16C__)
       r.v[j].v[0] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + j * kLanes)));
+#elif defined(__aarch64__)
+      const float16x8_t half = load_register<float16x8_t>(p + j * kLanes);
+      r.v[j].v[0] = vcvt_f32_f16(vget_low_f16(half));
+      r.v[j].v[1] = vcvt_high_f32_f16(half);
 #else
       HostFloat16 half[kLanes];
       float lane[kLanes];
@@ -114,6 +118,10 @@ inline bool any_nan(const Unit<bfloat16>& x) {
   return _mm512_cmp_ps_mask(x.v[0].v[0], x.v[1].v[0], _CMP_UNORD_Q) != 0;
 #elif defined(__AVX2__)
   return _mm256_movemask_ps(_mm256_cmp_ps(x.v[0].v[0], x.v[1].v[0], _CMP_UNORD_Q)) != 0;
+#elif defined(__aarch64__)
+  const auto ordered = (x.v[0].v[0] == x.v[0].v[0]) & (x.v[0].v[1] == x.v[0].v[1]) &
+                       (x.v[1].v[0] == x.v[1].v[0]) & (x.v[1].v[1] == x.v[1].v[1]);
+  return vminvq_u32((uint32x4_t)ordered) == 0;
 #else
   return (to_bits(x.v[0] <= x.v[0]) & to_bits(x.v[1] <= x.v[1])) != (1u << kLanes) - 1;
 #endif
@@ -157,6 +165,10 @@ inline Packed<T> pack(const Unit<T>& x) {
     __m128i half[2];
     for (int j = 0; j < 2; ++j) half[j] = _mm256_cvtps_ph(x.v[j].v[0], _MM_FROUND_TO_NEAREST_INT);
     r.v[0] = (typename Packed<T>::native)_mm256_set_m128i(half[1], half[0]);
+#elif defined(__aarch64__)
+    for (int j = 0; j < 2; ++j)
+      r.v[j] =
+          (typename Packed<T>::native)vcvt_high_f16_f32(vcvt_f16_f32(x.v[j].v[0]), x.v[j].v[1]);
 #else
     float lane[kUnit<T>];
     HostFloat16 half[kUnit<T>];
