@@ -7,7 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bnext import reference
 from bnext.reference import bound, reduced_dims
+from cases import Case
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,53 @@ def assert_as_good_as_torch(
             f"{what}: channel {c}: error {_channel_max(error, finite)[c]:.3e}, allowed "
             f"{allowed[c]:.3e} (bound alone {unavoidable[c]:.3e})"
         )
+
+
+def assert_second_derivatives(
+    case: Case,
+    training: bool,
+    active: Tensor | None,  # [N, C, *] bool: where the ReLU passed; None: there is none
+    by: tuple[Tensor, ...],  # dx, dweight, dbias (and dresidual) are multiplied by these
+    ours: tuple[Tensor | None, ...],  # the products' gradients for x, weight and grad_out
+) -> None:
+    """Errors are within some units of rounding of the terms that the results are made of."""
+    leaves = [case.x, case.weight, case.grad_out]
+    wide = [t.detach().double().requires_grad_() for t in leaves]
+    stats = None if training else tuple(s.double() for s in case.stats)
+    first = reference.backward(wide[2], wide[0], wide[1], stats, active=active)
+    outputs = (first.input, first.weight, first.bias, first.residual)[: len(by)]
+    expected = torch.autograd.grad(outputs, wide, [b.double() for b in by], allow_unused=True)
+
+    mean, var = reference.batch_stats(case.x) if stats is None else stats
+    invstd = (var + 1e-5).rsqrt()
+    normalized = (case.x.double() - reference.per_channel(mean, case.x)) * reference.per_channel(
+        invstd, case.x
+    )
+    dims = reduced_dims(case.x)
+    # Per channel, the largest of each. A rounded mean adds nothing: what it lost is given back.
+    h = normalized.abs().amax(dims)
+    u, g = (t.double().abs().amax(dims) for t in (by[0], case.grad_out))
+    v = by[3].double().abs().amax(dims) if len(by) > 3 else 0
+    ggw, ggb = by[1].double().abs(), by[2].double().abs()
+    a = case.weight.double().abs() * invstd
+    m = case.x.numel() // case.x.shape[1]
+    terms = {
+        "input": 4 * invstd * g * (ggw * (1 + h**2) + 3 * a * u * (1 + h**2)),
+        "weight": 3 * invstd * m * u * g * (1 + h**2),
+        "grad_out": a * u * (2 + h**2) + ggw * h + ggb + v,
+    }
+    for (what, scale), actual, wanted in zip(terms.items(), ours, expected, strict=True):
+        value = torch.zeros_like(wanted) if actual is None else actual.double()
+        error = (value - wanted).abs()
+        eps, stored = torch.finfo(torch.float32).eps, torch.finfo(case.x.dtype).eps
+        if what == "weight":
+            stored = torch.finfo(case.weight.dtype).eps
+        if case.x.dtype is torch.float64:
+            eps = stored = torch.finfo(torch.float64).eps
+        if error.dim() > 1:
+            error, wanted = error.amax(dims), wanted.abs().amax(dims)
+        allowed = 8 * eps * scale + stored * wanted.abs() + torch.finfo(case.x.dtype).tiny
+        assert (error <= allowed).all(), f"{what}: {error} > {allowed}"
 
 
 def _channel_max(t: Tensor, where: Tensor) -> Tensor:

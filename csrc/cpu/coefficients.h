@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "float16.h"
 #include "kernels.h"
 
 namespace bnext {
@@ -34,7 +35,7 @@ struct HostBFloat16 {
 
 inline double read(ParamIn v, int64_t c, double absent) {
   if (!v) return absent;
-  return visit_dtype<HostBFloat16, _Float16>(v.dtype, [&](auto t) -> double {
+  return visit_dtype<HostBFloat16, HostFloat16>(v.dtype, [&](auto t) -> double {
     return static_cast<const decltype(t)*>(v.data)[c * v.stride];
   });
 }
@@ -45,7 +46,7 @@ inline double read(ParamOut v, int64_t c) {
 
 inline void write(ParamOut v, int64_t c, double value) {
   if (!v) return;
-  visit_dtype<HostBFloat16, _Float16>(v.dtype, [&](auto t) {
+  visit_dtype<HostBFloat16, HostFloat16>(v.dtype, [&](auto t) {
     static_cast<decltype(t)*>(v.data)[c * v.stride] = static_cast<decltype(t)>(value);
   });
 }

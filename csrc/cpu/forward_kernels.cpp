@@ -22,7 +22,7 @@ inline float to_scalar(bfloat16 x) {
   return value;
 }
 inline float to_scalar(float16 x) {
-  _Float16 value;
+  HostFloat16 value;
   std::memcpy(&value, &x, sizeof value);
   return value;
 }

@@ -4,6 +4,7 @@
 
 #include <utility>
 
+#include "float16.h"
 #include "vec.h"
 
 namespace bnext::BNEXT_ISA_NAMESPACE {
@@ -85,8 +86,12 @@ inline Unit<T> load_unit(const T* p) {
       r.v[j].v[0] = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p + j * kLanes)));
 #elif defined(__F16C__)
       r.v[j].v[0] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + j * kLanes)));
+#elif defined(__aarch64__)
+      const float16x8_t half = load_register<float16x8_t>(p + j * kLanes);
+      r.v[j].v[0] = vcvt_f32_f16(vget_low_f16(half));
+      r.v[j].v[1] = vcvt_high_f32_f16(half);
 #else
-      _Float16 half[kLanes];
+      HostFloat16 half[kLanes];
       float lane[kLanes];
       std::memcpy(half, p + j * kLanes, sizeof half);
       for (int i = 0; i < kLanes; ++i) lane[i] = half[i];
@@ -113,6 +118,10 @@ inline bool any_nan(const Unit<bfloat16>& x) {
   return _mm512_cmp_ps_mask(x.v[0].v[0], x.v[1].v[0], _CMP_UNORD_Q) != 0;
 #elif defined(__AVX2__)
   return _mm256_movemask_ps(_mm256_cmp_ps(x.v[0].v[0], x.v[1].v[0], _CMP_UNORD_Q)) != 0;
+#elif defined(__aarch64__)
+  const auto ordered = (x.v[0].v[0] == x.v[0].v[0]) & (x.v[0].v[1] == x.v[0].v[1]) &
+                       (x.v[1].v[0] == x.v[1].v[0]) & (x.v[1].v[1] == x.v[1].v[1]);
+  return vminvq_u32((uint32x4_t)ordered) == 0;
 #else
   return (to_bits(x.v[0] <= x.v[0]) & to_bits(x.v[1] <= x.v[1])) != (1u << kLanes) - 1;
 #endif
@@ -156,11 +165,15 @@ inline Packed<T> pack(const Unit<T>& x) {
     __m128i half[2];
     for (int j = 0; j < 2; ++j) half[j] = _mm256_cvtps_ph(x.v[j].v[0], _MM_FROUND_TO_NEAREST_INT);
     r.v[0] = (typename Packed<T>::native)_mm256_set_m128i(half[1], half[0]);
+#elif defined(__aarch64__)
+    for (int j = 0; j < 2; ++j)
+      r.v[j] =
+          (typename Packed<T>::native)vcvt_high_f16_f32(vcvt_f16_f32(x.v[j].v[0]), x.v[j].v[1]);
 #else
     float lane[kUnit<T>];
-    _Float16 half[kUnit<T>];
+    HostFloat16 half[kUnit<T>];
     std::memcpy(lane, &x, sizeof lane);
-    for (int i = 0; i < kUnit<T>; ++i) half[i] = static_cast<_Float16>(lane[i]);
+    for (int i = 0; i < kUnit<T>; ++i) half[i] = static_cast<HostFloat16>(lane[i]);
     std::memcpy(&r, half, sizeof r);
 #endif
   } else {

@@ -9,6 +9,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace bnext::BNEXT_ISA_NAMESPACE {
@@ -83,6 +85,11 @@ inline Vec<T> fma(const Vec<T>& a, const Vec<T>& b, const Vec<T>& c) {
       r.v[i] = _mm256_fmadd_ps(a.v[i], b.v[i], c.v[i]);
     else
       r.v[i] = _mm256_fmadd_pd(a.v[i], b.v[i], c.v[i]);
+#elif defined(__aarch64__)
+    if constexpr (sizeof(T) == 4)
+      r.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]);
+    else
+      r.v[i] = vfmaq_f64(c.v[i], a.v[i], b.v[i]);
 #else
     r.v[i] = a.v[i] * b.v[i] + c.v[i];
 #endif
@@ -123,6 +130,19 @@ inline Vec<T> keep(const Condition<T>& sign, const Vec<T>& x) {
 template <class T>
 inline uint32_t to_bits(const Condition<T>& s) {
   constexpr int lanes = kLanes / Vec<T>::kCount;
+#if defined(__aarch64__)
+  using Integer = typename Condition<T>::integer;
+  typename Vec<Integer>::native sum{};
+  for (int i = 0; i < Vec<T>::kCount; ++i) {
+    typename Vec<Integer>::native bit;
+    for (int j = 0; j < lanes; ++j) bit[j] = Integer{1} << (i * lanes + j);
+    sum |= s.mask.v[i] & bit;
+  }
+  if constexpr (sizeof(T) == 4)
+    return vaddvq_u32((uint32x4_t)sum);
+  else
+    return static_cast<uint32_t>(vaddvq_u64((uint64x2_t)sum));
+#else
   uint32_t bits = 0;
   for (int i = 0; i < Vec<T>::kCount; ++i) {
 #if defined(__AVX512DQ__)
@@ -136,6 +156,7 @@ inline uint32_t to_bits(const Condition<T>& s) {
 #endif
   }
   return bits;
+#endif
 }
 
 inline Vec<double> to_double(const Vec<double>& x) {
@@ -150,6 +171,11 @@ inline Vec<double> to_double(const Vec<float>& x) {
 #elif defined(__AVX2__)
   r.v[0] = _mm256_cvtps_pd(_mm256_castps256_ps128(x.v[0]));
   r.v[1] = _mm256_cvtps_pd(_mm256_extractf128_ps(x.v[0], 1));
+#elif defined(__aarch64__)
+  for (int i = 0; i < Vec<float>::kCount; ++i) {
+    r.v[2 * i] = vcvt_f64_f32(vget_low_f32(x.v[i]));
+    r.v[2 * i + 1] = vcvt_high_f64_f32(x.v[i]);
+  }
 #else
   constexpr int lanes = kLanes / Vec<double>::kCount;
   typedef float part_t __attribute__((vector_size(lanes * sizeof(float))));

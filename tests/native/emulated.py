@@ -65,11 +65,15 @@ def build(name: str, variant: str, sources: list[Path], kernels: list[Path],
     text = "\n".join(lines) + "\n"
     if not file.exists() or file.read_text() != text:
         file.write_text(text)
-    command = [Path(ninja.BIN_DIR) / "ninja", "-C", folder, "-f", file.name, f"{name}.so"]
+    run_ninja(file, f"{name}.so")
+    return folder / f"{name}.so"
+
+
+def run_ninja(file: Path, *targets: str) -> None:
+    command = [Path(ninja.BIN_DIR) / "ninja", "-C", file.parent, "-f", file.name, *targets]
     env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # see sanitize.sh
     result = subprocess.run(command, capture_output=True, text=True, env=env)
     assert result.returncode == 0, f"{shlex.join(map(str, command))}\n{result.stdout[-8000:]}"
-    return folder / f"{name}.so"
 
 
 class Limits(ctypes.Structure):
