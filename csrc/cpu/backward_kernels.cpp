@@ -16,7 +16,7 @@ template <class T, IndexMap kIndexMap, class A, Act kAct, Passed kPassed, Output
 struct Backward : BodyOf<T, kIndexMap, 2, kWanted.batch || kWanted.frozen ? 2 : 0> {
   using Accumulator = A;
   using C = compute_t<T>;
-  static constexpr int kSums = 2, kGroupRows = 8;
+  static constexpr int kSums = 2;
   static constexpr bool kReadsInput = kWanted.sums || kWanted.batch || kPassed == Passed::kInput;
   BackwardArrays arrays;
 

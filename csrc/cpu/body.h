@@ -3,11 +3,11 @@
 //   Element, kMap, in[kInputs], out[kOutputs], mask
 //   at(bin): its coefficients for a channel (rows) or for the columns of a slot
 //   prefetch<kLocality>(element)
-// and, to sum: Accumulator, kSums, kGroupRows, add(coefficients, place, keep, sums[kVecs]),
+// and, to sum: Accumulator, kSums, add(coefficients, place, keep, sums[kVecs]),
 // and, to write: apply<kNontemporal>(coefficients, place).
 //
 // Sums: no float takes more than 4 addends in a row. 4 values make a chain, 4 chains a block, 4
-// blocks a run, 4 runs go to double (rows); a group of 4 or 8 rows, 4 groups, 4 of those (columns).
+// blocks a run, 4 runs go to double (rows); a group of 4 rows, 4 groups, 4 of those (columns).
 // Their error is a quarter of a chain's length, in units of rounding: 1000 units for chains of
 // 4096.
 #pragma once

@@ -1,6 +1,7 @@
 // Per-channel memory of a call: parameters of any dtype, and scratch. Includes no torch.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -33,30 +34,31 @@ struct HostBFloat16 {
   }
 };
 
-inline double read(ParamIn v, int64_t c, double absent) {
-  if (!v) return absent;
-  return visit_dtype<HostBFloat16, HostFloat16>(v.dtype, [&](auto t) -> double {
-    return static_cast<const decltype(t)*>(v.data)[c * v.stride];
+// A parameter's values as doubles; `absent` where there is none. A switch per array, not per value,
+// is what keeps small maps of many channels fast.
+template <class Data>
+inline void read(Vector<Data> v, int64_t count, double absent, double* values) {
+  if (!v) return void(std::fill_n(values, count, absent));
+  visit_dtype<HostBFloat16, HostFloat16>(v.dtype, [&](auto t) {
+    const auto* p = static_cast<const decltype(t)*>(v.data);
+    for (int64_t c = 0; c < count; ++c) values[c] = p[c * v.stride];
   });
 }
 
-inline double read(ParamOut v, int64_t c) {
-  return read(ParamIn{v.data, v.stride, v.dtype}, c, 0);
-}
-
-inline void write(ParamOut v, int64_t c, double value) {
+inline void write(ParamOut v, int64_t c0, int64_t c1, const double* values) {
   if (!v) return;
   visit_dtype<HostBFloat16, HostFloat16>(v.dtype, [&](auto t) {
-    static_cast<decltype(t)*>(v.data)[c * v.stride] = static_cast<decltype(t)>(value);
+    auto* p = static_cast<decltype(t)*>(v.data);
+    for (int64_t c = c0; c < c1; ++c) p[c * v.stride] = static_cast<decltype(t)>(values[c]);
   });
 }
 
-// Scratch of one call: `arrays` of `length` values.
+// Scratch of one call: `arrays` of `length` values, not set.
 template <class T>
 class Arrays {
  public:
   Arrays(int64_t arrays, int64_t length)
-      : length_(length), data_(new (std::nothrow) T[arrays * length]()) {
+      : length_(length), data_(new (std::nothrow) T[arrays * length]) {
     if (!data_)
       throw std::runtime_error("bnext: not enough memory: you tried to allocate " +
                                std::to_string(arrays * length * sizeof(T)) + " bytes.");
@@ -76,7 +78,9 @@ class Coefficients {
       : plan_(plan),
         spread_(spread),
         values_(arrays, plan.channels),
-        slots_(plan.map == IndexMap::kColumns ? arrays : 0, round_up(plan.columns(), kMaxUnit)) {}
+        slots_(plan.map == IndexMap::kColumns ? arrays : 0, round_up(plan.columns(), kMaxUnit)) {
+    std::fill_n(values_[0], arrays * plan.channels, T{});
+  }
 
   T& at(int64_t array, int64_t c) { return values_[array][c]; }
   T* values(int64_t array) { return values_[array]; }

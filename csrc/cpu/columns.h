@@ -114,24 +114,17 @@ class ColumnSums {
     for (int64_t slot = 0; slot < columns; slot += kUnit<T>) {
       const auto k = body.at(at.bit + slot);
       Place here = at + std::min<int64_t>(slot, columns - kUnit<T>);
-      Vec<A> sum[kVecs<T>][kSums];
-      unrolled<(kRows + 3) / 4>([&](auto four) {
-        Vec<A> chain[kVecs<T>][kSums];
-        BNEXT_ISA_NAMESPACE::clear(chain);
-        unrolled<std::min(kRows, 4)>([&](auto) {
-          if (ahead && slot * sizeof(T) % 64 == 0) body.template prefetch<2>(here.element + ahead);
-          body.add(k, here, All{}, chain);
-          here.element += stride, here.mask_row += mask_stride;
-        });
-        unrolled<kVecs<T> * kSums>([&](auto n) {
-          constexpr int j = n / kSums, s = n % kSums;
-          sum[j][s] = four == 0 ? chain[j][s] : sum[j][s] + chain[j][s];
-        });
+      Vec<A> chain[kVecs<T>][kSums];
+      BNEXT_ISA_NAMESPACE::clear(chain);
+      unrolled<kRows>([&](auto) {
+        if (ahead && slot * sizeof(T) % 64 == 0) body.template prefetch<2>(here.element + ahead);
+        body.add(k, here, All{}, chain);
+        here.element += stride, here.mask_row += mask_stride;
       });
       unrolled<kVecs<T> * kSums>([&](auto n) {
         constexpr int j = n / kSums, s = n % kSums;
         A* const level1 = level1_[s] + slot + j * kLanes;
-        store(level1, load(level1) + sum[j][s]);
+        store(level1, load(level1) + chain[j][s]);
       });
     }
     if (++groups_ == 4) join();
@@ -202,8 +195,7 @@ template <class Body>
   for (int64_t c = task.c0; c < task.c1; c += step) {
     ColumnSums<Body> sums(p, c, std::min(task.c1, c + step), results);
     int64_t row = row0;
-    for (; row + Body::kGroupRows <= row1; row += Body::kGroupRows)
-      sums.template add<Body::kGroupRows>(body, row);
+    for (; row + 4 <= row1; row += 4) sums.template add<4>(body, row);
     for (; row < row1; ++row) sums.template add<1>(body, row);
     sums.finish(p.fold);
     if (p.rest > 0 && task.slice + 1 == p.slices)

@@ -11,7 +11,7 @@ template <class T, IndexMap kIndexMap, Act kAct, Passed kPassed, bool kApplies>
 struct DoubleBackward : BodyOf<T, kIndexMap, 4, kApplies ? 2 : 0> {
   using Accumulator = double;
   using C = compute_t<T>;
-  static constexpr int kSums = 5, kGroupRows = 4;
+  static constexpr int kSums = 5;
   DoubleBackwardArrays arrays;
 
   struct Coefficients {

@@ -78,7 +78,7 @@ void pilots(const CpuPlan& p, int64_t c0, int64_t c1, const void* input, void* o
 template <class T, IndexMap kMap, class A>
 struct Moments : BodyOf<T, kMap, 1, 0> {
   using Accumulator = A;
-  static constexpr int kSums = 2, kGroupRows = 8;
+  static constexpr int kSums = 2;
   const void* centre;
 
   auto at(int64_t bin) const { return PerUnit<kMap, T, A>(centre, bin); }

@@ -35,11 +35,14 @@ class Schedule {
     Arrays<double> partials(kSums * p_.slices, q_.c);
     Coefficients<C> pilots(p_, k.spread, 1), affine(p_, k.spread, 3);
     Coefficients<double> centres(p_, k.spread_double, 1);
+    const Params params(args, args.running_mean, args.running_var, q_.c);
     double factor = args.momentum;
     if (args.num_batches_tracked) ++*args.num_batches_tracked;
     if (args.cumulative)
       factor = args.num_batches_tracked ? 1 / static_cast<double>(*args.num_batches_tracked) : 0;
 
+    const double count = static_cast<double>(q_.count());
+    const double per_value = 1 / count, unbiased = 1 / (count - 1);
     const auto begin = [&](int64_t c0, int64_t c1) {
       k.pilots(p_, c0, c1, args.input, pilots.values(0));
       for (int64_t c = c0; c < c1 && !sums_probe.pilots.empty(); ++c)
@@ -56,7 +59,7 @@ class Schedule {
     };
     const auto settle = [&](int64_t c, const double* sums, bool exact) {
       const double centre = exact ? centres.at(0, c) : static_cast<double>(pilots.at(0, c));
-      const double count = static_cast<double>(q_.count()), delta = sums[0] / count;
+      const double delta = sums[0] * per_value;
       double m2 = sums[1] - sums[0] * delta;
       const bool fits =
           count * delta * delta <= m2 && m2 < HUGE_VAL && m2 + count * args.eps >= count * kTiny;
@@ -65,15 +68,22 @@ class Schedule {
         return false;
       }
       if (m2 < 0) m2 = 0;
-      const Statistics s = {centre + delta, inverse_std(m2 / count, args.eps),
+      const Statistics s = {centre + delta, inverse_std(m2 * per_value, args.eps),
                             std::isfinite(delta) ? two_sum_error(centre, delta) : 0};
-      save(args, c, s);
-      update_running(args, factor, c, s.mean, m2 / (count - 1));  // unbiased
-      set_affine(affine, c, s, args.weight, args.bias);
+      args.save_stats[c] = s.mean;
+      args.save_stats[q_.c + c] = s.invstd;
+      args.save_stats[2 * q_.c + c] = s.low;
+      params.mean[c] = (1 - factor) * params.mean[c] + factor * s.mean;
+      params.var[c] = (1 - factor) * params.var[c] + factor * (m2 * unbiased);
+      set_affine(affine, c, s, params);
       return true;
     };
     const auto again = [&](int64_t c0, int64_t c1) { centres.publish(c0, c1, 0, 1); };
-    const auto finish = [&](int64_t c0, int64_t c1) { affine.publish(c0, c1, 0, 3); };
+    const auto finish = [&](int64_t c0, int64_t c1) {
+      write(args.running_mean, c0, c1, params.mean);
+      write(args.running_var, c0, c1, params.var);
+      affine.publish(c0, c1, 0, 3);
+    };
     const auto apply = [&](const Task& task) {
       k.apply(p_, task, {affine.of(0), affine.of(1), affine.of(2)}, args, q_.act);
     };
@@ -85,10 +95,9 @@ class Schedule {
     RowMask mask(p_, q_, args.mask);
     const auto& k = table<ForwardKernels>();
     Coefficients<C> affine(p_, k.spread, 3);
+    const Params params(args, args.frozen_mean, args.frozen_var, q_.c);
     for (int64_t c = 0; c < q_.c; ++c)
-      set_affine(affine, c,
-                 {read(args.frozen_mean, c, 0), inverse_std(read(args.frozen_var, c, 1), args.eps)},
-                 args.weight, args.bias);
+      set_affine(affine, c, {params.mean[c], inverse_std(params.var[c], args.eps)}, params);
     affine.publish(0, q_.c, 0, 3);
     for_each_task(false, [&](const Task& task) {
       k.apply(p_, task, {affine.of(0), affine.of(1), affine.of(2)}, args, q_.act);
@@ -102,9 +111,10 @@ class Schedule {
     const auto& k = table<BackwardKernels>();
     const bool frozen = !args.save_stats;
     const bool applies = args.grad_input || args.grad_residual;
-    const bool needs_sums = !frozen || args.grad_weight || args.grad_bias;
     Arrays<double> partials(kSums * p_.slices, q_.c);
     Coefficients<C> a(p_, k.spread, 7);
+    const Params params(args, args.running_mean, args.running_var, q_.c);
+    const double per_value = 1 / static_cast<double>(q_.count());
     const auto call = [&](const auto& kernel, const Task& task) {
       double* sums[kSums];
       of_slice(partials, task.slice, sums);
@@ -113,33 +123,36 @@ class Schedule {
     };
     const auto begin = [&](int64_t c0, int64_t c1) {
       for (int64_t c = c0; c < c1; ++c) {
-        set_affine(a, c, statistics(args, c), args.weight, args.bias);
-        if (frozen) set_input_grad(a, args, c, {0, 0});
+        const Statistics s = statistics(args, params, c);
+        set_affine(a, c, s, params);
+        if (frozen) set_input_grad(a, c, s, params.weight[c], {0, 0});
       }
       a.publish(c0, c1, 0, frozen ? 7 : forward_arrays());
     };
+    if (frozen && !args.grad_weight && !args.grad_bias) {
+      begin(0, q_.c);
+      return for_each_task(false, [&](const Task& task) { call(k.frozen, task); });
+    }
     const auto reduce = [&](const Task& task, bool exact) {
-      call(exact               ? k.sums_in_double
-           : !needs_sums       ? k.frozen
-           : frozen && applies ? k.frozen_and_sums
-                               : k.sums,
-           task);
+      call(exact ? k.sums_in_double : frozen && applies ? k.frozen_and_sums : k.sums, task);
     };
     const auto settle = [&](int64_t c, const double* partial, bool exact) {
-      if (!needs_sums) return true;
-      const Statistics s = statistics(args, c);
+      const Statistics s = statistics(args, params, c);
       const GradSums sums{partial[0], partial[1] - s.rounding() * partial[0]};
       const bool fits =
           std::isfinite(sums.dy) && std::isfinite(sums.dy_xmu) &&
           (sums.dy_xmu == 0 || std::abs(sums.dy_xmu) >= static_cast<double>(q_.count()) * kTiny);
       if (!exact && !fits) return false;
-      write(args.grad_weight, c, sums.dy_xmu * s.invstd);
-      write(args.grad_bias, c, sums.dy);
-      if (!frozen) set_input_grad(a, args, c, sums);
+      if (!frozen)
+        set_input_grad(a, c, s, params.weight[c], {sums.dy * per_value, sums.dy_xmu * per_value});
+      params.weight[c] = sums.dy_xmu * s.invstd;  // from here on their gradients
+      params.bias[c] = sums.dy;
       return true;
     };
     const auto again = [](int64_t, int64_t) {};
     const auto finish = [&](int64_t c0, int64_t c1) {
+      write(args.grad_weight, c0, c1, params.weight);
+      write(args.grad_bias, c0, c1, params.bias);
       if (!frozen) a.publish(c0, c1, 3, 7);
     };
     const auto apply = [&](const Task& task) {
@@ -152,39 +165,45 @@ class Schedule {
     RowMask mask(p_, q_, args.mask);
     mask.load(parallel_);
     const auto& k = table<DoubleBackwardKernels>();
-    const bool frozen = !args.save_stats;
+    const bool frozen = !args.save_stats, needs_sums = !frozen || args.grad_weight;
     constexpr int kDoubleSums = 5;
     Arrays<double> partials(kDoubleSums * p_.slices, q_.c);
+    if (!needs_sums) std::fill_n(partials[0], kDoubleSums * p_.slices * q_.c, 0.0);
     Coefficients<C> a(p_, k.spread, 11);
+    const Params params(args, args.running_mean, args.running_var, q_.c);
+    Arrays<double> grad_grads(2, q_.c);
+    read(args.grad_grad_weight, q_.c, 0, grad_grads[0]);
+    read(args.grad_grad_bias, q_.c, 0, grad_grads[1]);
     const auto arrays = [&] {
       return DoubleBackwardArrays{a.of(0), a.of(1), a.of(2), a.of(3), a.of(4), a.of(5),
                                   a.of(6), a.of(7), a.of(8), a.of(9), a.of(10)};
     };
     const auto begin = [&](int64_t c0, int64_t c1) {
-      for (int64_t c = c0; c < c1; ++c)
-        set_affine(a, c, statistics(args, c), args.weight, args.bias);
+      for (int64_t c = c0; c < c1; ++c) set_affine(a, c, statistics(args, params, c), params);
       a.publish(c0, c1, 0, forward_arrays());
     };
     const auto reduce = [&](const Task& task, bool) {
-      if (frozen && !args.grad_weight) return;  // what follows is made of no sums
+      if (!needs_sums) return;
       double* sums[kDoubleSums];
       of_slice(partials, task.slice, sums);
       k.sums(p_, task, arrays(), args, q_.act, sums);
     };
     const auto settle = [&](int64_t c, const double* sums, bool) {
-      const Statistics s = statistics(args, c);
+      const Statistics s = statistics(args, params, c);
       const auto d = make_double_backward(
           {sums[0], sums[1], sums[2], sums[3], sums[4]}, static_cast<double>(q_.count()), frozen,
-          s.rounding(), s.invstd, read(args.weight, c, 1), read(args.grad_grad_weight, c, 0),
-          read(args.grad_grad_bias, c, 0));
+          s.rounding(), s.invstd, params.weight[c], grad_grads[0][c], grad_grads[1][c]);
       int64_t array = 3;
       for (const double value : {s.invstd, d.a_u, d.a_h, d.a_1, d.b_g, d.b_u, d.b_h, d.b_1})
         a.at(array++, c) = static_cast<C>(value);
-      write(args.grad_weight, c, d.grad_weight);
+      params.weight[c] = d.grad_weight;
       return true;
     };
     const auto again = [](int64_t, int64_t) {};
-    const auto finish = [&](int64_t c0, int64_t c1) { a.publish(c0, c1, 3, 11); };
+    const auto finish = [&](int64_t c0, int64_t c1) {
+      write(args.grad_weight, c0, c1, params.weight);
+      a.publish(c0, c1, 3, 11);
+    };
     const auto apply = [&](const Task& task) {
       if (q_.applies()) k.apply(p_, task, arrays(), args, q_.act);
     };
@@ -222,41 +241,36 @@ class Schedule {
     for (int i = 0; i < kCount; ++i) sums[i] = partials[kCount * slice + i];
   }
 
-  // From statistics to what outlives the call.
-  void save(const ForwardArgs& args, int64_t c, const Statistics& s) const {
-    args.save_stats[c] = s.mean;
-    args.save_stats[q_.c + c] = s.invstd;
-    args.save_stats[2 * q_.c + c] = s.low;
-  }
-  void update_running(const ForwardArgs& args, double factor, int64_t c, double mean,
-                      double variance) const {
-    const auto update = [&](ParamOut running, double value) {
-      if (running) write(running, c, (1 - factor) * read(running, c) + factor * value);
-    };
-    update(args.running_mean, mean);
-    update(args.running_var, variance);
-  }
+  // Parameters and running statistics, as doubles.
+  struct Params {
+    template <class Args, class Running>
+    Params(const Args& args, const Running& running_mean, const Running& running_var, int64_t count)
+        : arrays(4, count), weight(arrays[0]), bias(arrays[1]), mean(arrays[2]), var(arrays[3]) {
+      read(args.weight, count, 1, weight);
+      read(args.bias, count, 0, bias);
+      read(running_mean, count, 0, mean);
+      read(running_var, count, 1, var);
+    }
+    Arrays<double> arrays;
+    double *const weight, *const bias, *const mean, *const var;
+  };
 
   // A backward's: the batch's, or else the running ones.
   template <class Args>
-  Statistics statistics(const Args& args, int64_t c) const {
+  Statistics statistics(const Args& args, const Params& params, int64_t c) const {
     if (args.save_stats)
       return {args.save_stats[c], args.save_stats[q_.c + c], args.save_stats[2 * q_.c + c]};
-    return {read(args.running_mean, c, 0), inverse_std(read(args.running_var, c, 1), args.eps)};
+    return {params.mean[c], inverse_std(params.var[c], args.eps)};
   }
 
-  // From statistics and sums to coefficients.
-  void set_affine(Coefficients<C>& arrays, int64_t c, const Statistics& s, ParamIn weight,
-                  ParamIn bias) const {
-    const auto a = make_affine<C>(s.mean, s.invstd, read(weight, c, 1), read(bias, c, 0), s.low);
+  // From statistics and means to coefficients.
+  void set_affine(Coefficients<C>& arrays, int64_t c, const Statistics& s, const Params& p) const {
+    const auto a = make_affine<C>(s.mean, s.invstd, p.weight[c], p.bias[c], s.low);
     arrays.at(0, c) = a.mean, arrays.at(1, c) = a.scale, arrays.at(2, c) = a.shift;
   }
-  void set_input_grad(Coefficients<C>& arrays, const BackwardArgs& args, int64_t c,
-                      const GradSums& sums) const {
-    const Statistics s = statistics(args, c);
-    const double count = static_cast<double>(q_.count());
-    const auto g = make_input_grad<C>(s.mean, s.invstd, read(args.weight, c, 1), sums.dy / count,
-                                      sums.dy_xmu / count, s.low);
+  void set_input_grad(Coefficients<C>& arrays, int64_t c, const Statistics& s, double weight,
+                      const GradSums& means) const {
+    const auto g = make_input_grad<C>(s.mean, s.invstd, weight, means.dy, means.dy_xmu, s.low);
     arrays.at(3, c) = g.invstd, arrays.at(4, c) = g.a, arrays.at(5, c) = g.b;
     arrays.at(6, c) = g.c;
   }
