@@ -61,16 +61,17 @@ void pilots(const CpuPlan& p, int64_t c0, int64_t c1, const void* input, void* o
                (runs ? std::min(pixel, p.width - kNeighbours) : pixel);
   }
   C sum[kMaxPlaces * kTile];
-  const int64_t tile = p.width == 1 ? kTile : 1, neighbours = runs ? kNeighbours : 1;
-  const C share = C(1) / static_cast<C>(places * neighbours);
+  // Side by side: neighbours of one channel, or values of several.
+  const int64_t tile = runs ? 1 : kTile, step = runs ? 1 : p.width;
+  const C share = C(1) / static_cast<C>(places * (runs ? kNeighbours : 1));
   for (int64_t c = c0; c < c1; c += tile) {
-    const int64_t row = p.width == 1 ? std::min(tile, c1 - c) : neighbours;
+    const int64_t channels = std::min(tile, c1 - c), row = runs ? kNeighbours : channels;
     for (int64_t k = 0; k < places; ++k)
       for (int64_t i = 0; i < row; ++i)
-        sum[k * row + i] = to_scalar(x[first[k] + c * p.width + i]) * share;
+        sum[k * row + i] = to_scalar(x[first[k] + c * p.width + i * step]) * share;
     tree_sum(sum, places, row);
-    if (p.width > 1) tree_sum(sum, neighbours, 1);
-    for (int64_t i = 0; i < (p.width == 1 ? row : 1); ++i)
+    if (runs) tree_sum(sum, kNeighbours, 1);
+    for (int64_t i = 0; i < channels; ++i)
       pilot[c + i] = sum[i] - sum[i] == 0 ? sum[i] : 0;
   }
 }
