@@ -71,8 +71,7 @@ void pilots(const CpuPlan& p, int64_t c0, int64_t c1, const void* input, void* o
         sum[k * row + i] = to_scalar(x[first[k] + c * p.width + i * step]) * share;
     tree_sum(sum, places, row);
     if (runs) tree_sum(sum, kNeighbours, 1);
-    for (int64_t i = 0; i < channels; ++i)
-      pilot[c + i] = sum[i] - sum[i] == 0 ? sum[i] : 0;
+    for (int64_t i = 0; i < channels; ++i) pilot[c + i] = sum[i] - sum[i] == 0 ? sum[i] : 0;
   }
 }
 
