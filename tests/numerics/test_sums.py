@@ -6,6 +6,7 @@ changes with its threads and vectors.
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -235,3 +236,16 @@ def test_a_far_mean_costs_nothing(shape, dtype, ratio) -> None:
             "dweight": (criterion.units(dweight, expected.weight), 8),
         }
     )
+
+
+@pytest.mark.parametrize("memory_format", [CF, CL], ids=["nchw", "nhwc"])
+def test_partial_sums_of_many_slices_join_without_loss(memory_format) -> None:
+    shape = (128, 512, 128, 1) if memory_format is CL else (128, 2, 256, 257)
+    x = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=memory_format)
+    bias = torch.zeros(shape[1], dtype=torch.float64, requires_grad=True)
+    y = batch_norm(x, None, None, None, bias, training=True)
+    grad_out = torch.rand_like(y)
+    (dbias,) = torch.autograd.grad(y, bias, grad_out)
+    exact = grad_out.numpy().astype(np.longdouble).sum((0, 2, 3))
+    error = abs(dbias.numpy() - exact) / exact
+    assert error.max() <= 2 * 2.0**-53

@@ -30,13 +30,15 @@ SHAPES = {
 
 
 def unpack_mask(mask: Tensor, x: Tensor) -> Tensor:
-    """The bits of a mask as booleans of x's shape; the padding of each row is dropped."""
+    """The bits of a mask as booleans of x's shape; the padding of each row is zero."""
     n, c, hw = x.shape[0], x.shape[1], x[0, 0].numel()
     by_columns = c > 1 and (hw == 1 or not x.is_contiguous())
     rows, width = (n * hw, c) if by_columns else (n * c, hw) if c > 1 else (1, n * hw)
     assert mask.dtype == torch.uint8 and mask.shape == (rows, (width + 7) // 8)
     bits = (mask.unsqueeze(-1) >> torch.arange(8, device=mask.device)) & 1
-    bits = bits.flatten(1)[:, :width].bool()
+    bits = bits.flatten(1).bool()
+    assert not bits[:, width:].any()
+    bits = bits[:, :width]
     if by_columns:
         return bits.view(n, hw, c).transpose(1, 2).reshape(x.shape)
     return bits.view(x.shape)
@@ -132,6 +134,25 @@ def test_mask_bits_are_the_signs_of_the_pre_activation(layout, dtype, training, 
     assert decided.double().mean() > 0.9
     assert torch.equal(bits[decided], (expected > 0)[decided])
     assert torch.equal(bits, output > 0), "an output that rounds to zero would be the only reason"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", [name for name in SHAPES if name != "empty"])
+def test_padding_of_a_mask_is_not_read(layout, dtype, device) -> None:
+    case = make(*SHAPES[layout], (dtype, torch.float32, torch.float32), device, residual=True)
+    args = backward_args(case, True, True, (True, True, True, True))
+    (at,) = (i for i, a in enumerate(args) if isinstance(a, Tensor) and a.dtype == torch.uint8)
+    mask = args[at]
+    padding = ~torch.zeros_like(mask)
+    used = unpack_mask(torch.zeros_like(mask), case.x).numel()
+    ones = mask.clone()
+    width = used // mask.shape[0]
+    if width % 8:
+        ones[:, -1] |= padding[:, -1] << width % 8
+    expected = backward(*args)
+    got = backward(*args[:at], ones, *args[at + 1 :])
+    for a, b in zip(expected, got, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_mask_bit_is_set_unless_not_positive(device) -> None:
