@@ -69,24 +69,26 @@ BNEXT_VEC_OPERATOR(*)
 
 // a * b + c, one rounding where the instruction set has it. Written out, and the file compiled
 // without contraction, so that forward and backward agree bit for bit.
+template <class Native>
+inline Native fma_native(const Native& a, const Native& b, const Native& c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof a[0] == 4)
+    return _mm512_fmadd_ps(a, b, c);
+  else
+    return _mm512_fmadd_pd(a, b, c);
+#elif defined(__FMA__)
+  if constexpr (sizeof a[0] == 4)
+    return _mm256_fmadd_ps(a, b, c);
+  else
+    return _mm256_fmadd_pd(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
 template <class T>
 inline Vec<T> fma(const Vec<T>& a, const Vec<T>& b, const Vec<T>& c) {
   Vec<T> r;
-  for (int i = 0; i < Vec<T>::kCount; ++i) {
-#if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4)
-      r.v[i] = _mm512_fmadd_ps(a.v[i], b.v[i], c.v[i]);
-    else
-      r.v[i] = _mm512_fmadd_pd(a.v[i], b.v[i], c.v[i]);
-#elif defined(__FMA__)
-    if constexpr (sizeof(T) == 4)
-      r.v[i] = _mm256_fmadd_ps(a.v[i], b.v[i], c.v[i]);
-    else
-      r.v[i] = _mm256_fmadd_pd(a.v[i], b.v[i], c.v[i]);
-#else
-    r.v[i] = a.v[i] * b.v[i] + c.v[i];
-#endif
-  }
+  for (int i = 0; i < Vec<T>::kCount; ++i) r.v[i] = fma_native(a.v[i], b.v[i], c.v[i]);
   return r;
 }
 
