@@ -52,8 +52,8 @@ SANITIZE = [f"-fsanitize={s}" for s in [os.environ.get("BNEXT_SANITIZE")] if s]
 # run on every machine.
 CPU_ISAS = {"default": ""}
 if platform.machine() in ("x86_64", "AMD64"):
-    CPU_ISAS["avx2"] = "-mavx2 -mfma -mf16c"
-    CPU_ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c"
+    CPU_ISAS["avx2"] = "-mavx2 -mfma -mf16c -mprfchw"
+    CPU_ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprfchw"
     CPU_ISAS["avx512"] += " -mprefer-vector-width=512"
     CPU_ISAS["avx512"] += " -Wno-uninitialized"  # a false alarm in the intrinsics of gcc 12
 # By default gcc leaves parts of their inner loops out of line, which cost up to 17 % (backward of

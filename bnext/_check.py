@@ -260,9 +260,9 @@ def check_save_stats(tensor: Tensor | None, x: Input) -> None:
     if tensor is None:
         return
     check_device("save_stats", tensor, x)
-    message = f"save_stats: expected contiguous Double [2, {x.channels}], got {_got(tensor)}"
+    message = f"save_stats: expected contiguous Double [3, {x.channels}], got {_got(tensor)}"
     require(tensor.dtype == torch.float64 and is_dense(tensor) and tensor.dim() == 2, message)
-    require(tensor.shape[0] == 2, message)
+    require(tensor.shape[0] == 3, message)
     require(tensor.shape[1] == x.channels, message)
 
 

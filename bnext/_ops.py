@@ -95,7 +95,7 @@ def _fake_train(
     check_counter(num_batches_tracked, x)
     if residual is not None:
         check_like_input("residual", residual, x)
-    save_stats = input.new_empty((2, x.channels), dtype=torch.float64)
+    save_stats = input.new_empty((3, x.channels), dtype=torch.float64)
     return _output(x), save_stats, _mask(x, needs, residual) if save_mask else None
 
 

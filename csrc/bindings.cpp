@@ -8,6 +8,7 @@
 #include <string>
 
 #include "cpu/cpu_info.h"
+#include "cpu/probe.h"
 #include "cuda/device_info.h"
 #include "cuda/plan.h"
 
@@ -130,6 +131,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("dtype"), py::arg("stage"), py::arg("act"), py::arg("residual"), py::arg("device"),
         py::arg("need_input") = true, py::arg("need_params") = true, py::arg("save_mask") = true,
         py::arg("need_residual") = true);
+
+  // For tests of the CPU's sums.
+  m.def("slow_channels", [] { return sums_probe.slow_channels.load(); });
+  m.def(
+      "set_pilots", [](std::vector<double> pilots) { sums_probe.pilots = std::move(pilots); },
+      py::arg("pilots"));
 
   py::class_<CpuInfo>(m, "DeviceInfo")
       .def(py::init([](const std::string& isa, int threads, int64_t l1, int64_t l2, int64_t l3) {

@@ -165,8 +165,8 @@ inline const double* check_save_stats(const OptionalTensor& t, const Input& x) {
   check_device("save_stats", *t, x);
   const int64_t c = x.problem.c;
   BNEXT_CHECK(dtype_code(*t) == aoti_torch_dtype_float64() && is_dense(*t, false) &&
-                  t->dim() == 2 && t->sizes()[0] == 2 && t->sizes()[1] == c,
-              "save_stats: expected contiguous Double [2, ", c, "], got ",
+                  t->dim() == 2 && t->sizes()[0] == 3 && t->sizes()[1] == c,
+              "save_stats: expected contiguous Double [3, ", c, "], got ",
               is_dense(*t, false) ? "" : "strided ", type_name(*t), " ", shape_string(*t));
   return static_cast<const double*>(t->const_data_ptr());
 }

@@ -15,19 +15,20 @@ BNEXT_HD inline double inverse_std(double variance, double eps) {
 
 // z = (x - mean) * scale + shift. T is the compute type (float, double or a vector of them).
 // The mean is split: `mean` is rounded to T, so x - mean is exact near the mean, and its rounding
-// error is folded into shift. A large mean costs no accuracy and a constant channel gives exactly
-// the bias.
+// error is folded into shift, with what a double cannot hold of it, `low`. A large mean costs no
+// accuracy and a constant channel gives exactly the bias.
 template <class T>
 struct Affine {
   T mean, scale, shift;
 };
 
 template <class T>
-BNEXT_HD inline Affine<T> make_affine(double mean, double invstd, double weight, double bias) {
+BNEXT_HD inline Affine<T> make_affine(double mean, double invstd, double weight, double bias,
+                                      double low = 0) {
   const T mean_rounded = static_cast<T>(mean);
   const double scale = weight * invstd;
   return {mean_rounded, static_cast<T>(scale),
-          static_cast<T>(bias - (mean - static_cast<double>(mean_rounded)) * scale)};
+          static_cast<T>(bias - (mean - static_cast<double>(mean_rounded) + low) * scale)};
 }
 
 template <class T>
@@ -49,11 +50,11 @@ struct InputGrad {
 
 template <class T>
 BNEXT_HD inline InputGrad<T> make_input_grad(double mean, double invstd, double weight,
-                                             double mean_dy, double mean_dy_xmu) {
+                                             double mean_dy, double mean_dy_xmu, double low = 0) {
   const T mean_rounded = static_cast<T>(mean);
   const double a = weight * invstd;
   const double b = -a * invstd * mean_dy_xmu;
-  const double mean_error = (mean - static_cast<double>(mean_rounded)) * invstd;
+  const double mean_error = (mean - static_cast<double>(mean_rounded) + low) * invstd;
   return {mean_rounded, static_cast<T>(invstd), static_cast<T>(a), static_cast<T>(b),
           static_cast<T>(-a * mean_dy - b * mean_error)};
 }

@@ -145,7 +145,8 @@ struct ForwardArgs {
   ParamIn frozen_mean, frozen_var;     // eval: the running statistics
   ParamOut running_mean, running_var;  // training: updated, where given
   int64_t* num_batches_tracked;        // null: none
-  double* save_stats;                  // [2, C]: mean, then 1 / sqrt(var + eps)
+  double* save_stats;                  // [3, C]: mean, 1 / sqrt(var + eps), and on the CPU what
+                                       // a double cannot hold of the mean
   double momentum;
   bool cumulative;  // the average of all batches counted, whatever the momentum
   double eps, act_param;

@@ -204,7 +204,7 @@ inline Tensor allocate_matrix(const Input& x, int64_t rows, int64_t columns, int
 }
 
 inline Tensor allocate_save_stats(const Input& x) {
-  return allocate_matrix(x, 2, x.problem.c, aoti_torch_dtype_float64());
+  return allocate_matrix(x, 3, x.problem.c, aoti_torch_dtype_float64());
 }
 
 // Without rows where there is nothing to mask: an ahead-of-time compiled graph has no undefined

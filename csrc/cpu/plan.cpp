@@ -1,89 +1,90 @@
-// The CPU plan and its thresholds. Measurements beside them: AMD EPYC (Zen 5), 2 cores, 48 KiB L1d,
-// 1 MiB L2, 32 MiB L3; see benchmarks/results/.
+// The CPU plan and its thresholds. Measurements beside them: AVX2 on an EPYC Milan (Zen 3), 2
+// cores, 512 KiB L2, unless another machine is named; see benchmarks/results/.
 #include "plan.h"
 
 #include <algorithm>
+#include <numeric>
 
 namespace bnext {
 namespace {
 
-// Two passes over a chunk of each operand stay in a 32 KiB L1 with room for the next chunk's lines.
-constexpr int64_t kChunkElements = 4096;
-// Rows of columns whose float sums join in double: few enough to be exact, enough to hide the
-// joining.
-constexpr int64_t kChunkRows = 256;
-// Blocks of columns and pieces of rows are multiples of this: whole vectors, whole bytes of a mask.
-constexpr int64_t kTileUnit = 64;
-// Below this, a run of adjacent elements fills too few vectors and is taken as columns.
-constexpr int64_t kMinRowWidth = 16;
-// Partial results per call, over all bins: 16 B each, far below any L2.
-constexpr int64_t kMaxPartials = 4096;
-constexpr int64_t kMaxSlices = 256;
-// A resident task aims at this much memory: enough to stream, small enough to balance threads.
-constexpr int64_t kTaskBytes = 256 * 1024;
+// Rows of up to so many elements of a channel are taken as columns: a row of 49 pays a tail and a
+// fold (24x2048x7x7, float32: 3.8 ms as rows, 0.95 as columns). Rows of 196 lose as columns.
+constexpr int64_t kShortRow = 128;
+// Columns are folded to whole vectors where a folded row stays this short: its coefficients and
+// sums share the L1 (C = 33 in bfloat16: 1.69 ms with a tail in each row, 0.69 folded).
+constexpr int64_t kMaxFoldedColumns = 2048;
+constexpr int64_t kMinColumns = 64;  // and are at least this many: a vector of any dtype, twice
+// A slice sums at least so many values, or rows of columns: what it costs to join stays far below.
+constexpr int64_t kSliceElements = 32768, kSliceRows = 128, kMaxSlices = 128;
 constexpr int64_t kTasksPerThread = 4;
-constexpr int64_t kVectorLanes = 16;
 // Fewer elements are not worth waking a thread for (ATen's grain).
 constexpr int64_t kMinThreadElements = 32768;
 
-// Bytes of a slab that stays cached from a thread's first pass to its second: its own L2, or its
+constexpr int64_t kCacheLine = 64;
+
+// Bytes of a channel that stay cached from a thread's first pass to its second: its own L2, or its
 // share of half the L3 (the other half is left to outputs and other threads).
 int64_t resident_bytes(const CpuInfo& cpu) {
   return std::max(cpu.l2_bytes, cpu.l3_bytes / 2 / std::max(cpu.threads, 1));
+}
+
+// How rows of `columns` elements lie in longer ones of whole vectors.
+int64_t fold_of(int64_t columns, int64_t vector) {
+  int64_t fold = vector / std::gcd(columns, vector);
+  while (fold * columns < kMinColumns) fold *= 2;
+  return columns >= kMinColumns && fold * columns > kMaxFoldedColumns ? 1 : fold;
 }
 
 }  // namespace
 
 CpuPlan plan_cpu(const Problem& p, const CpuInfo& cpu) {
   CpuPlan plan{};
-  plan.isa = cpu.isa;
-  // Bytes of a mask belong to rows of memory.
-  const bool short_rows = !p.channels_last && p.hw < kMinRowWidth && !p.has_mask;
-  const bool columns = p.channels_last || short_rows;
-  plan.map = columns ? IndexMap::kColumns : IndexMap::kRows;
-  plan.bins_per_channel = short_rows ? p.hw : 1;
-  plan.bins = p.c * plan.bins_per_channel;
-  plan.rows = p.channels_last ? p.n * p.hw : p.n;
-  plan.row_stride = columns ? plan.bins : p.c * p.hw;
-  plan.width = columns ? 1 : p.hw;
-
-  plan.segments = columns ? 1 : ceil_div(p.hw, kChunkElements);
-  plan.segment_width =
-      round_up(ceil_div(plan.width, plan.segments), plan.segments > 1 ? kTileUnit : 1);
-  plan.chunk_rows = columns ? kChunkRows : std::max<int64_t>(1, kChunkElements / plan.width);
-  plan.chunks = ceil_div(plan.rows, plan.chunk_rows) * plan.segments;
-  plan.slices = std::min(plan.chunks, std::clamp<int64_t>(kMaxPartials / plan.bins, 1, kMaxSlices));
-
   const int64_t element_bytes = element_size(p.dtype);
-  const int64_t bin_bytes = plan.rows * plan.width * element_bytes * operands(p.stage);
-  // Columns stream: a slab of some columns is scattered over all rows, and reading it once took 1.6
-  // times as long as reading whole rows twice (ResNet-50's shapes, N = 32, float32: 3.1 copies
-  // against 1.9).
-  const bool resident =
-      !columns && p.applies() && p.c >= cpu.threads && bin_bytes <= resident_bytes(cpu);
+  plan.isa = cpu.isa;
+  const bool columns = p.channels_last || p.hw <= kShortRow;
+  plan.map = columns ? IndexMap::kColumns : IndexMap::kRows;
+  plan.channels = p.c;
+  plan.width = p.channels_last ? 1 : p.hw;
+  const int64_t all_rows = p.channels_last ? p.n * p.hw : p.n;
+  const int64_t vector =
+      element_bytes == 2 ? 32 : 16;  // elements: of any instruction set, and a line
+  plan.fold = columns ? fold_of(p.c * plan.width, vector) : 1;
+  plan.rows = all_rows / plan.fold;
+  plan.row_stride = plan.fold * p.c * plan.width;
+  plan.rest = all_rows % plan.fold * p.c * plan.width;
+  plan.pieces = columns ? 1 : std::max<int64_t>(1, plan.width / CpuPlan::kPiece);
+  const int64_t slice_rows = std::max(kSliceRows, kSliceElements / plan.row_stride);
+  plan.slices = std::clamp<int64_t>(
+      columns ? plan.rows / slice_rows : plan.rows * plan.width / kSliceElements, 1,
+      std::min(kMaxSlices, std::max<int64_t>(1, plan.rows * plan.pieces)));
+
+  // Channels last, a block is scattered over all rows: slabs of columns took twice as long as whole
+  // rows read twice (C = 256, float32: 19.4 ms against 10.5). Blocks of short rows are whole lines.
+  const int64_t channel_bytes = all_rows * plan.width * element_bytes * operands(p.stage);
+  const int64_t unit = columns ? vector : 1;
+  const bool resident = !p.channels_last && plan.fold == 1 && is_training(p.stage) && p.applies() &&
+                        p.c >= unit * cpu.threads && unit * channel_bytes <= resident_bytes(cpu);
   plan.family = !is_training(p.stage) ? Family::kElementwise
                 : resident            ? Family::kResident
                                       : Family::kStreaming;
-  if (plan.family == Family::kResident) {
-    const int64_t blocks =
-        std::max<int64_t>({1, kTasksPerThread * cpu.threads, bin_bytes * plan.bins / kTaskBytes});
-    plan.block = ceil_div(plan.bins, blocks);
-    plan.tasks = ceil_div(plan.bins, plan.block);
-  } else {
-    const int64_t blocks = ceil_div(kTasksPerThread * cpu.threads, plan.slices);
-    plan.block =
-        std::min(plan.bins, round_up(ceil_div(plan.bins, blocks), columns ? kTileUnit : 1));
-    plan.tasks = ceil_div(plan.bins, plan.block) * plan.slices;
-  }
+  // A block that is summed and one that is prefetched share the L2 with what is written.
+  const int64_t in_l2 = cpu.l2_bytes * 5 / 16 / channel_bytes;
+  const int64_t wanted = resident ? std::min(in_l2, p.c / (kTasksPerThread * cpu.threads))
+                                  : p.c * plan.slices / (kTasksPerThread * cpu.threads);
+  plan.block = std::clamp<int64_t>(wanted / unit * unit, std::min(unit, p.c), p.c);
+  if (plan.fold > 1) plan.block = p.c;
+  plan.blocks = p.c / plan.block;
+  plan.tasks = plan.blocks * (resident ? 1 : plan.slices);
   plan.grain =
       std::max<int64_t>(1, kMinThreadElements / std::max<int64_t>(1, p.numel() / plan.tasks));
 
   // A non-temporal store saves reading the line first, but evicts what the next layer wants to
-  // read: taken where input and output together outgrow the L3, so that the output would not have
-  // stayed there.
-  const int64_t run = columns ? plan.bins : p.hw;
+  // read: taken where the output would fill the L3 (channels last 24x2048x7x7, float32, with 8 MiB
+  // of L3: 3.3 ms without, 1.8 with). Rows of columns must be whole lines.
   plan.nontemporal_stores =
-      run % kVectorLanes == 0 && plan.bins_per_channel == 1 && 2 * p.bytes() > cpu.l3_bytes;
+      p.bytes() >= cpu.l3_bytes * 3 / 4 &&
+      (!columns || (plan.row_stride * element_bytes % kCacheLine == 0 && plan.rest == 0));
 
   plan.bytes_floor = p.bytes_floor();
   const bool misses =

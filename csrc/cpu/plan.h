@@ -10,45 +10,48 @@ enum class Isa : uint8_t { kDefault, kAvx2, kAvx512 };
 struct CpuInfo {
   Isa isa;
   int threads;
-  int64_t l1_bytes, l2_bytes, l3_bytes;  // L1d and L2 of a core, the L3 a core shares
+  int64_t l1_bytes, l2_bytes, l3_bytes;  // L1d and L2 of a core, what it can count on of its L3
 };
 
 inline std::string to_string(Isa isa) {
   return isa == Isa::kAvx512 ? "avx512" : isa == Isa::kAvx2 ? "avx2" : "default";
 }
 
-// What is summed to one result is a bin: a channel, or a pixel of one where short rows are columns.
+// Memory is rows, `row_stride` elements apart.
 //
-//   the rows of a bin                      all bins of a tensor
-//   row 0  | segment | segment |  chunk    slice 0  | block | block | block |   a task is a block
-//   row 1  |         |         |  0 and 1  slice 1  |       |       |       |   of one slice, or
-//   row 2  |         |         |  chunk    slice 2  |       |       |       |   of all (resident)
-//   row 3  |         |         |  2 and 3
+//   rows: a row is a sample             columns: a row is `fold` pixels or samples
+//   row 0 | channel 0 | channel 1 |     row 0 | 0 0 0 1 1 1 2 2 2 |    `width` columns of each
+//   row 1 | channel 0 | channel 1 |     row 1 | 0 0 0 1 1 1 2 2 2 |    channel, and once more
+//         : `width` elements each             :                        for each fold
+//   a row of a channel is one run       what does not fill a row: `rest` elements after the last
 //
-// A chunk is some rows of one segment, small enough for two passes in L1. A slice is some chunks,
-// which threads may sum separately. Both depend on the problem alone, so that the result is the
-// same whatever the family and the number of threads. A kernel walks over tiles: a chunk of one bin
-// (rows) or of some adjacent bins (columns).
+// A slice is some rows (or pieces of long ones), which threads may sum separately; a block is some
+// channels. A task is a block of one slice, or of all (resident). Slices depend on the problem
+// alone, and so the result is the same whatever the family and the number of threads.
 struct CpuPlan {
   Isa isa;
   Family family;
   IndexMap map;
-  int64_t bins;              // C, or C * bins_per_channel
-  int64_t bins_per_channel;  // HW where short rows are taken as columns, else 1
-  int64_t rows;              // rows a bin passes through: N, or N * HW
-  int64_t row_stride;        // elements between a bin's rows
-  int64_t width;             // adjacent elements of a bin in a row: HW, or 1
-  int64_t segments;          // pieces a long row is cut into
-  int64_t segment_width;
-  int64_t chunk_rows;
-  int64_t chunks;  // per bin
-  int64_t slices;  // per bin
-  int64_t block;   // bins per task
+  int64_t channels, width, fold, rows, row_stride, rest;
+  int64_t pieces;  // of a row of a channel: kPiece elements, the last up to twice as many
+  int64_t slices;  // of all rows * pieces
+  int64_t block;   // channels of a task
+  int64_t blocks;  // the last one takes what remains
   int64_t tasks;   // of one pass, over all threads
   int64_t grain;   // tasks a thread takes at least
   bool nontemporal_stores;
   int64_t bytes_moved,
       bytes_floor;  // between memory and caches; second reads that hit the L3 not counted
+
+  // Elements of a piece; a multiple of what any instruction set sums before it turns to double.
+  static constexpr int64_t kPiece = 16384;
+
+  int64_t columns() const { return fold * channels * width; }
+  int64_t first_channel(int64_t block_index) const {
+    return block_index == blocks ? channels : block_index * block;
+  }
+  // Of rows * pieces.
+  int64_t first_chunk(int64_t slice) const { return rows * pieces * slice / slices; }
 
   // visit(name, pointer to member) for every field: for text, bindings and tests.
   template <class Visit>
@@ -56,17 +59,16 @@ struct CpuPlan {
     visit("isa", &CpuPlan::isa);
     visit("family", &CpuPlan::family);
     visit("index_map", &CpuPlan::map);
-    visit("bins", &CpuPlan::bins);
-    visit("bins_per_channel", &CpuPlan::bins_per_channel);
+    visit("channels", &CpuPlan::channels);
+    visit("width", &CpuPlan::width);
+    visit("fold", &CpuPlan::fold);
     visit("rows", &CpuPlan::rows);
     visit("row_stride", &CpuPlan::row_stride);
-    visit("width", &CpuPlan::width);
-    visit("segments", &CpuPlan::segments);
-    visit("segment_width", &CpuPlan::segment_width);
-    visit("chunk_rows", &CpuPlan::chunk_rows);
-    visit("chunks", &CpuPlan::chunks);
+    visit("rest", &CpuPlan::rest);
+    visit("pieces", &CpuPlan::pieces);
     visit("slices", &CpuPlan::slices);
     visit("block", &CpuPlan::block);
+    visit("blocks", &CpuPlan::blocks);
     visit("tasks", &CpuPlan::tasks);
     visit("grain", &CpuPlan::grain);
     visit("nontemporal_stores", &CpuPlan::nontemporal_stores);

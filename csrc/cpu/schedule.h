@@ -5,75 +5,21 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <initializer_list>
-#include <memory>
-#include <new>
-#include <stdexcept>
-#include <string>
 
 #include "../formulas.h"
-#include "../moments.h"
-#include "kernels.h"
+#include "coefficients.h"
+#include "probe.h"
 
 namespace bnext {
 
-// A bfloat16 of a parameter; the kernels convert theirs as vectors.
-struct HostBFloat16 {
-  uint16_t bits;
-
-  HostBFloat16() = default;
-  explicit HostBFloat16(double value) {
-    const float single = static_cast<float>(value);
-    uint32_t word;
-    std::memcpy(&word, &single, sizeof word);
-    const uint32_t rounded = (word + 0x7fff + ((word >> 16) & 1)) >> 16;  // to nearest even
-    bits = static_cast<uint16_t>(std::isnan(single) ? 0x7fc0 : rounded);
-  }
-  operator double() const {
-    const uint32_t word = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &word, sizeof value);
-    return value;
-  }
-};
-
-inline double read(ParamIn v, int64_t c, double absent) {
-  if (!v) return absent;
-  return visit_dtype<HostBFloat16, _Float16>(v.dtype, [&](auto t) -> double {
-    return static_cast<const decltype(t)*>(v.data)[c * v.stride];
-  });
-}
-
-inline double read(ParamOut v, int64_t c) {
-  return read(ParamIn{v.data, v.stride, v.dtype}, c, 0);
-}
-
-inline void write(ParamOut v, int64_t c, double value) {
-  if (!v) return;
-  visit_dtype<HostBFloat16, _Float16>(v.dtype, [&](auto t) {
-    static_cast<decltype(t)*>(v.data)[c * v.stride] = static_cast<decltype(t)>(value);
-  });
-}
-
-// Scratch of one call: `arrays` of `length` values, readable kBinPadding past their ends.
-template <class T>
-class Arrays {
- public:
-  Arrays(int64_t arrays, int64_t length)
-      : length_(length + kBinPadding), data_(new (std::nothrow) T[arrays * length_]()) {
-    if (!data_)
-      throw std::runtime_error("bnext: not enough memory: you tried to allocate " +
-                               std::to_string(arrays * length_ * sizeof(T)) + " bytes.");
-  }
-  T* operator[](int64_t i) { return data_.get() + i * length_; }
-
- private:
-  int64_t length_;
-  std::unique_ptr<T[]> data_;
-};
-
-// The spans of a plan. C is the compute type: double for float64, else float.
+// The tasks of a plan. C is the compute type: double for float64, else float.
+//
+// Sums are about a pilot p, a value near the mean of its channel, in floats that are never added to
+// more than a few others before they turn to double; they join by plain additions in an order that
+// the problem sets. With S1 and S2 the sums of x - p and its square,
+//   delta = S1 / N,   mean = p + delta,   M2 = S2 - S1 delta
+// loses nothing while N delta^2 <= M2. Where that fails, or floats over- or underflowed, the
+// channel is summed once more, in double.
 template <class C, class Parallel>
 class Schedule {
  public:
@@ -83,243 +29,304 @@ class Schedule {
   // The counter must move whatever the plan, so it does here.
   void train_forward(const ForwardArgs& args) {
     // Scratch comes first: where memory runs out, nothing may have been counted.
-    Arrays<double> partials(2 * p_.slices + 1, std::max(p_.bins, p_.slices));
-    double* const counts = partials[2 * p_.slices];  // values of a bin in each slice
-    for (int64_t slice = 0; slice < p_.slices; ++slice)
-      counts[slice] = static_cast<double>(slice_values(slice));
-    Arrays<C> coefficients(3, p_.bins);
+    const auto& k = table<ForwardKernels>();
+    Arrays<double> partials(kSums * p_.slices, q_.c);
+    Coefficients<C> pilots(p_, k.spread, 1), affine(p_, k.spread, 3);
+    Coefficients<double> centres(p_, k.spread_double, 1);
     double factor = args.momentum;
     if (args.num_batches_tracked) ++*args.num_batches_tracked;
     if (args.cumulative)
       factor = args.num_batches_tracked ? 1 / static_cast<double>(*args.num_batches_tracked) : 0;
-    const ForwardArrays arrays{coefficients[0], coefficients[1], coefficients[2]};
 
-    const auto& k = table<ForwardKernels>();
-    const auto reduce = [&](int64_t slice, int64_t bin0, int64_t bin1) {
-      k.moments(p_, span(slice, bin0, bin1), args.input, partial(partials, slice));
+    const auto begin = [&](int64_t c0, int64_t c1) {
+      k.pilots(p_, c0, c1, args.input, pilots.values(0));
+      for (int64_t c = c0; c < c1 && !sums_probe.pilots.empty(); ++c)
+        pilots.at(0, c) = static_cast<C>(sums_probe.pilots[c % sums_probe.pilots.size()]);
+      pilots.publish(c0, c1, 0, 1);
     };
-    const auto finish = [&](int64_t c) {
-      const Moments<double> m = moments(partials, counts, c);
-      const Statistics s{m.mean, inverse_std(m.m2 / m.count, args.eps)};
+    const auto reduce = [&](const Task& task, bool exact) {
+      double* sums[kSums];
+      of_slice(partials, task.slice, sums);
+      if (exact)
+        k.moments_in_double(p_, task, args.input, centres.of(0), sums);
+      else
+        k.moments(p_, task, args.input, pilots.of(0), sums);
+    };
+    const auto settle = [&](int64_t c, const double* sums, bool exact) {
+      const double centre = exact ? centres.at(0, c) : static_cast<double>(pilots.at(0, c));
+      const double count = static_cast<double>(q_.count()), delta = sums[0] / count;
+      double m2 = sums[1] - sums[0] * delta;
+      const bool fits =
+          count * delta * delta <= m2 && m2 < HUGE_VAL && m2 + count * args.eps >= count * kTiny;
+      if (!exact && !fits) {
+        centres.at(0, c) = std::isfinite(centre + delta) ? centre + delta : centre;
+        return false;
+      }
+      if (m2 < 0) m2 = 0;
+      const Statistics s = {centre + delta, inverse_std(m2 / count, args.eps),
+                            two_sum_error(centre, delta)};
       save(args, c, s);
-      update_running(args, factor, c, m);
-      set_affine(coefficients, c, s, args.weight, args.bias);
+      update_running(args, factor, c, s.mean, m2 / (count - 1));  // unbiased
+      set_affine(affine, c, s, args.weight, args.bias);
+      return true;
     };
-    const auto apply = [&](int64_t slice, int64_t bin0, int64_t bin1) {
-      k.apply(p_, span(slice, bin0, bin1), arrays, args, q_.act);
+    const auto again = [&](int64_t c0, int64_t c1) { centres.publish(c0, c1, 0, 1); };
+    const auto finish = [&](int64_t c0, int64_t c1) { affine.publish(c0, c1, 0, 3); };
+    const auto apply = [&](const Task& task) {
+      k.apply(p_, task, {affine.of(0), affine.of(1), affine.of(2)}, args, q_.act);
     };
-    run(reduce, finish, apply);
+    run<kSums>(partials, begin, reduce, settle, again, finish, apply);
   }
 
   void eval_forward(const ForwardArgs& args) {
-    Arrays<C> coefficients(3, p_.bins);
-    const ForwardArrays arrays{coefficients[0], coefficients[1], coefficients[2]};
+    const auto& k = table<ForwardKernels>();
+    Coefficients<C> affine(p_, k.spread, 3);
     for (int64_t c = 0; c < q_.c; ++c)
-      set_affine(coefficients, c,
+      set_affine(affine, c,
                  {read(args.frozen_mean, c, 0), inverse_std(read(args.frozen_var, c, 1), args.eps)},
                  args.weight, args.bias);
-    const auto& k = table<ForwardKernels>();
-    for_each_task([&](int64_t slice, int64_t bin0, int64_t bin1) {
-      k.apply(p_, span(slice, bin0, bin1), arrays, args, q_.act);
+    affine.publish(0, q_.c, 0, 3);
+    for_each_task([&](const Task& task) {
+      k.apply(p_, task, {affine.of(0), affine.of(1), affine.of(2)}, args, q_.act);
     });
   }
 
   void backward(const BackwardArgs& args) {
-    const bool frozen = !args.save_stats;
-    Arrays<double> partials(2 * p_.slices, p_.bins);
-    Arrays<C> coefficients(7, p_.bins);
-    const BackwardArrays arrays{coefficients[0], coefficients[1], coefficients[2], coefficients[3],
-                                coefficients[4], coefficients[5], coefficients[6]};
-    for (int64_t c = 0; c < q_.c; ++c) {
-      set_affine(coefficients, c, statistics(args, c), args.weight, args.bias);
-      if (frozen) set_input_grad(coefficients, args, c, {0, 0});
-    }
     const auto& k = table<BackwardKernels>();
-    const auto reduce = [&](int64_t slice, int64_t bin0, int64_t bin1) {
-      k.sums(p_, span(slice, bin0, bin1), arrays, args, q_.act, partial(partials, slice));
-    };
-    const auto finish = [&](int64_t c) {
-      const GradSums sums = grad_sums(partials, args, c);
-      write(args.grad_weight, c, sums.dy_xmu * statistics(args, c).invstd);
-      write(args.grad_bias, c, sums.dy);
-      if (!frozen) set_input_grad(coefficients, args, c, sums);
-    };
-    const auto apply = [&](int64_t slice, int64_t bin0, int64_t bin1) {
-      k.apply(p_, span(slice, bin0, bin1), arrays, args, q_.act, {});
-    };
+    const bool frozen = !args.save_stats;
     const bool applies = args.grad_input || args.grad_residual;
-    const bool sums = !frozen || args.grad_weight || args.grad_bias;
-    if (!frozen && applies) {
-      run(reduce, finish, apply);
-      return;
-    }
-    const auto kernel = !sums ? k.frozen : applies ? k.frozen_and_sums : k.sums;
-    for_each_task([&](int64_t slice, int64_t bin0, int64_t bin1) {
-      kernel(p_, span(slice, bin0, bin1), arrays, args, q_.act, partial(partials, slice));
-    });
-    for (int64_t c = 0; sums && c < q_.c; ++c) finish(c);
+    const bool needs_sums = !frozen || args.grad_weight || args.grad_bias;
+    Arrays<double> partials(kSums * p_.slices, q_.c);
+    Coefficients<C> a(p_, k.spread, 7);
+    const auto call = [&](const auto& kernel, const Task& task) {
+      double* sums[kSums];
+      of_slice(partials, task.slice, sums);
+      kernel(p_, task, {a.of(0), a.of(1), a.of(2), a.of(3), a.of(4), a.of(5), a.of(6)}, args,
+             q_.act, sums);
+    };
+    const auto begin = [&](int64_t c0, int64_t c1) {
+      for (int64_t c = c0; c < c1; ++c) {
+        set_affine(a, c, statistics(args, c), args.weight, args.bias);
+        if (frozen) set_input_grad(a, args, c, {0, 0});
+      }
+      a.publish(c0, c1, 0, frozen ? 7 : forward_arrays());
+    };
+    const auto reduce = [&](const Task& task, bool exact) {
+      call(exact               ? k.sums_in_double
+           : !needs_sums       ? k.frozen
+           : frozen && applies ? k.frozen_and_sums
+                               : k.sums,
+           task);
+    };
+    const auto settle = [&](int64_t c, const double* partial, bool exact) {
+      if (!needs_sums) return true;
+      const Statistics s = statistics(args, c);
+      const GradSums sums{partial[0], partial[1] - s.rounding() * partial[0]};
+      const bool fits =
+          std::isfinite(sums.dy) && std::isfinite(sums.dy_xmu) &&
+          (sums.dy_xmu == 0 || std::abs(sums.dy_xmu) >= static_cast<double>(q_.count()) * kTiny);
+      if (!exact && !fits) return false;
+      write(args.grad_weight, c, sums.dy_xmu * s.invstd);
+      write(args.grad_bias, c, sums.dy);
+      if (!frozen) set_input_grad(a, args, c, sums);
+      return true;
+    };
+    const auto again = [](int64_t, int64_t) {};
+    const auto finish = [&](int64_t c0, int64_t c1) {
+      if (!frozen) a.publish(c0, c1, 3, 7);
+    };
+    const auto apply = [&](const Task& task) {
+      if (!frozen && applies) call(k.apply, task);
+    };
+    run<kSums>(partials, begin, reduce, settle, again, finish, apply);
   }
 
   void double_backward(const DoubleBackwardArgs& args) {
     const auto& k = table<DoubleBackwardKernels>();
     const bool frozen = !args.save_stats;
-    constexpr int kSums = 5;
-    Arrays<double> partials(kSums * p_.slices, p_.bins);
-    Arrays<C> a(11, p_.bins);
-    const DoubleBackwardArrays arrays{a[0], a[1], a[2], a[3], a[4], a[5],
-                                      a[6], a[7], a[8], a[9], a[10]};
-    for (int64_t c = 0; c < q_.c; ++c)
-      set_affine(a, c, statistics(args, c), args.weight, args.bias);
-    const auto reduce = [&](int64_t slice, int64_t bin0, int64_t bin1) {
-      if (frozen && !args.grad_weight) return;  // what follows is made of no sums
-      double* sums[kSums];
-      for (int i = 0; i < kSums; ++i) sums[i] = partials[kSums * slice + i];
-      k.sums(p_, span(slice, bin0, bin1), arrays, args, q_.act, sums);
+    constexpr int kDoubleSums = 5;
+    Arrays<double> partials(kDoubleSums * p_.slices, q_.c);
+    Coefficients<C> a(p_, k.spread, 11);
+    const auto arrays = [&] {
+      return DoubleBackwardArrays{a.of(0), a.of(1), a.of(2), a.of(3), a.of(4), a.of(5),
+                                  a.of(6), a.of(7), a.of(8), a.of(9), a.of(10)};
     };
-    const auto finish = [&](int64_t c) {
-      double total[kSums] = {};
-      for_each_partial(c, [&](int64_t slice, int64_t bin) {
-        for (int i = 0; i < kSums; ++i) total[i] += partials[kSums * slice + i][bin];
-      });
+    const auto begin = [&](int64_t c0, int64_t c1) {
+      for (int64_t c = c0; c < c1; ++c)
+        set_affine(a, c, statistics(args, c), args.weight, args.bias);
+      a.publish(c0, c1, 0, forward_arrays());
+    };
+    const auto reduce = [&](const Task& task, bool) {
+      if (frozen && !args.grad_weight) return;  // what follows is made of no sums
+      double* sums[kDoubleSums];
+      of_slice(partials, task.slice, sums);
+      k.sums(p_, task, arrays(), args, q_.act, sums);
+    };
+    const auto settle = [&](int64_t c, const double* sums, bool) {
       const Statistics s = statistics(args, c);
       const auto d = make_double_backward(
-          {total[0], total[1], total[2], total[3], total[4]}, static_cast<double>(q_.count()),
-          frozen, s.rounding(), s.invstd, read(args.weight, c, 1),
-          read(args.grad_grad_weight, c, 0), read(args.grad_grad_bias, c, 0));
+          {sums[0], sums[1], sums[2], sums[3], sums[4]}, static_cast<double>(q_.count()), frozen,
+          s.rounding(), s.invstd, read(args.weight, c, 1), read(args.grad_grad_weight, c, 0),
+          read(args.grad_grad_bias, c, 0));
       int64_t array = 3;
       for (const double value : {s.invstd, d.a_u, d.a_h, d.a_1, d.b_g, d.b_u, d.b_h, d.b_1})
-        fill(a, array++, c, {static_cast<C>(value)});
+        a.at(array++, c) = static_cast<C>(value);
       write(args.grad_weight, c, d.grad_weight);
+      return true;
     };
-    const auto apply = [&](int64_t slice, int64_t bin0, int64_t bin1) {
-      if (q_.applies()) k.apply(p_, span(slice, bin0, bin1), arrays, args, q_.act);
+    const auto again = [](int64_t, int64_t) {};
+    const auto finish = [&](int64_t c0, int64_t c1) { a.publish(c0, c1, 3, 11); };
+    const auto apply = [&](const Task& task) {
+      if (q_.applies()) k.apply(p_, task, arrays(), args, q_.act);
     };
-    run(reduce, finish, apply);
+    run<kDoubleSums>(partials, begin, reduce, settle, again, finish, apply);
   }
 
  private:
+  static constexpr int kSums = 2;
+  // Sums of squares or products below this lost digits to underflow: a float's least normal is
+  // 2^-126.
+  static constexpr double kTiny = 0x1p-100;
+
   template <class Table>
   const Table& table() const {
     return kernels<Table>(p_.isa, q_.dtype);
   }
 
+  // Of a forward's mean, scale and shift, those that a backward reads.
+  int64_t forward_arrays() const { return q_.act == Act::kNone ? 1 : 3; }
+
   struct Statistics {
-    double mean, invstd;
+    double mean, invstd, low = 0;  // the mean is mean + low
 
     // What the mean loses where it is rounded to the compute type, as kernels subtract it.
-    double rounding() const { return mean - static_cast<double>(static_cast<C>(mean)); }
+    double rounding() const { return mean - static_cast<double>(static_cast<C>(mean)) + low; }
   };
-
-  // f(slice, bin) for the partial results of a channel, in the order in which they join.
-  template <class F>
-  void for_each_partial(int64_t c, const F& f) const {
-    for (int64_t bin = c * p_.bins_per_channel; bin < (c + 1) * p_.bins_per_channel; ++bin)
-      for (int64_t slice = 0; slice < p_.slices; ++slice) f(slice, bin);
+  // What a + b loses to rounding (Knuth's TwoSum).
+  static double two_sum_error(double a, double b) {
+    const double sum = a + b, b_rounded = sum - a;
+    const double error = (a - (sum - b_rounded)) + (b - b_rounded);
+    return std::isfinite(error) ? error : 0;
   }
 
-  // From sums to statistics.
-  Moments<double> moments(Arrays<double>& partials, const double* counts, int64_t c) const {
-    Moments<double> all{0, 0, 0};
-    for_each_partial(c, [&](int64_t slice, int64_t bin) {
-      const Partial part = partial(partials, slice);
-      const Moments<double> m{counts[slice], part.first[bin], part.second[bin]};
-      if (m.count > 0) all = all.count > 0 ? combine(all, m) : m;
-    });
-    return all;
-  }
-  GradSums grad_sums(Arrays<double>& partials, const BackwardArgs& args, int64_t c) const {
-    GradSums all{0, 0};
-    for_each_partial(c, [&](int64_t slice, int64_t bin) {
-      all.dy += partial(partials, slice).first[bin];
-      all.dy_xmu += partial(partials, slice).second[bin];
-    });
-    all.dy_xmu -= statistics(args, c).rounding() * all.dy;  // kernels subtract the rounded mean
-    return all;
+  template <int kCount>
+  void of_slice(Arrays<double>& partials, int64_t slice, double* (&sums)[kCount]) const {
+    for (int i = 0; i < kCount; ++i) sums[i] = partials[kCount * slice + i];
   }
 
   // From statistics to what outlives the call.
   void save(const ForwardArgs& args, int64_t c, const Statistics& s) const {
     args.save_stats[c] = s.mean;
     args.save_stats[q_.c + c] = s.invstd;
+    args.save_stats[2 * q_.c + c] = s.low;
   }
-  void update_running(const ForwardArgs& args, double factor, int64_t c,
-                      const Moments<double>& m) const {
+  void update_running(const ForwardArgs& args, double factor, int64_t c, double mean,
+                      double variance) const {
     const auto update = [&](ParamOut running, double value) {
       if (running) write(running, c, (1 - factor) * read(running, c) + factor * value);
     };
-    update(args.running_mean, m.mean);
-    update(args.running_var, m.m2 / (m.count - 1));  // unbiased
+    update(args.running_mean, mean);
+    update(args.running_var, variance);
   }
 
   // A backward's: the batch's, or else the running ones.
   template <class Args>
   Statistics statistics(const Args& args, int64_t c) const {
-    if (args.save_stats) return {args.save_stats[c], args.save_stats[q_.c + c]};
+    if (args.save_stats)
+      return {args.save_stats[c], args.save_stats[q_.c + c], args.save_stats[2 * q_.c + c]};
     return {read(args.running_mean, c, 0), inverse_std(read(args.running_var, c, 1), args.eps)};
   }
-  int64_t chunk_of(int64_t slice) const {
-    return std::min(p_.chunks, slice * ((p_.chunks + p_.slices - 1) / p_.slices));
-  }
-  Span span(int64_t slice, int64_t bin0, int64_t bin1) const {
-    return {chunk_of(slice), chunk_of(slice + 1), bin0, bin1};
-  }
-  int64_t slice_values(int64_t slice) const {
-    return chunk_values(p_, chunk_of(slice), chunk_of(slice + 1));
-  }
-  Partial partial(Arrays<double>& partials, int64_t slice) const {
-    return {partials[2 * slice], partials[2 * slice + 1]};
-  }
 
-  // From statistics and sums to coefficients: the same values in `arrays` [first, ...) for every
-  // bin of channel c.
-  void fill(Arrays<C>& arrays, int64_t first, int64_t c, std::initializer_list<C> values) const {
-    for (const C value : values)
-      std::fill_n(arrays[first++] + c * p_.bins_per_channel, p_.bins_per_channel, value);
-  }
-  void set_affine(Arrays<C>& arrays, int64_t c, const Statistics& s, ParamIn weight,
+  // From statistics and sums to coefficients.
+  void set_affine(Coefficients<C>& arrays, int64_t c, const Statistics& s, ParamIn weight,
                   ParamIn bias) const {
-    const auto a = make_affine<C>(s.mean, s.invstd, read(weight, c, 1), read(bias, c, 0));
-    fill(arrays, 0, c, {a.mean, a.scale, a.shift});
+    const auto a = make_affine<C>(s.mean, s.invstd, read(weight, c, 1), read(bias, c, 0), s.low);
+    arrays.at(0, c) = a.mean, arrays.at(1, c) = a.scale, arrays.at(2, c) = a.shift;
   }
-  void set_input_grad(Arrays<C>& arrays, const BackwardArgs& args, int64_t c,
+  void set_input_grad(Coefficients<C>& arrays, const BackwardArgs& args, int64_t c,
                       const GradSums& sums) const {
     const Statistics s = statistics(args, c);
     const double count = static_cast<double>(q_.count());
     const auto g = make_input_grad<C>(s.mean, s.invstd, read(args.weight, c, 1), sums.dy / count,
-                                      sums.dy_xmu / count);
-    fill(arrays, 3, c, {g.invstd, g.a, g.b, g.c});
+                                      sums.dy_xmu / count, s.low);
+    arrays.at(3, c) = g.invstd, arrays.at(4, c) = g.a, arrays.at(5, c) = g.b;
+    arrays.at(6, c) = g.c;
   }
 
-  // f(slice, bin0, bin1) for every task; each thread takes its own last one first, so that a
-  // second pass begins with what the first left in the cache.
+  // f(task) for every task; each thread takes its own last one first, so that a second pass begins
+  // with what the first left in the cache.
   template <class F>
   void for_each_task(const F& f) const {
-    const int64_t blocks = (p_.bins + p_.block - 1) / p_.block;
-    parallel_(blocks * p_.slices, p_.grain, [&](int64_t begin, int64_t end) {
+    parallel_(p_.blocks * p_.slices, p_.grain, [&](int64_t begin, int64_t end) {
       for (int64_t task = end - 1; task >= begin; --task) {
-        const int64_t bin0 = task % blocks * p_.block;
-        f(task / blocks, bin0, std::min(p_.bins, bin0 + p_.block));
+        const int64_t block = task % p_.blocks;
+        f(Task{task / p_.blocks, p_.first_channel(block), p_.first_channel(block + 1), 0});
       }
     });
   }
 
-  template <class Reduce, class Finish, class Apply>
-  void run(const Reduce& reduce, const Finish& finish, const Apply& apply) const {
+  // begin(c0, c1); reduce(task, false); settle(channel, its sums, false), which may refuse them:
+  // then again(c0, c1) and the same in double. At last finish(c0, c1) and apply(task).
+  template <int kCount, class Begin, class Reduce, class Settle, class Again, class Finish,
+            class Apply>
+  void run(Arrays<double>& partials, const Begin& begin, const Reduce& reduce, const Settle& settle,
+           const Again& again, const Finish& finish, const Apply& apply) const {
+    // Whether a channel waits for its sums.
+    std::unique_ptr<bool[]> waits(new (std::nothrow) bool[q_.c]);
+    if (!waits) throw std::runtime_error("bnext: not enough memory");
+    std::fill_n(waits.get(), q_.c, true);
+    const auto settle_all = [&](int64_t c0, int64_t c1, bool exact) {
+      int64_t refused = 0;
+      for (int64_t c = c0; c < c1; ++c) {
+        if (!waits[c]) continue;
+        double total[kCount];
+        for (int i = 0; i < kCount; ++i) {
+          double sum = 0, error = 0;
+          for (int64_t slice = 0; slice < p_.slices; ++slice) {
+            const double part = partials[kCount * slice + i][c];
+            error += two_sum_error(sum, part);
+            sum += part;
+          }
+          total[i] = sum + error;
+        }
+        waits[c] = !settle(c, total, exact);
+        refused += waits[c];
+      }
+      if (refused > 0) {
+        sums_probe.slow_channels += refused;
+        again(c0, c1);
+      }
+      return refused == 0;
+    };
+
     if (p_.family == Family::kResident) {
-      parallel_(p_.tasks, p_.grain, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          const int64_t bin0 = task * p_.block, bin1 = std::min(p_.bins, bin0 + p_.block);
-          for (int64_t slice = 0; slice < p_.slices; ++slice) reduce(slice, bin0, bin1);
-          for (int64_t c = bin0 / p_.bins_per_channel; c < bin1 / p_.bins_per_channel; ++c)
-            finish(c);
-          for (int64_t slice = p_.slices; slice-- > 0;) apply(slice, bin0, bin1);
+      parallel_(p_.tasks, p_.grain, [&](int64_t first, int64_t last) {
+        for (int64_t block = first; block < last; ++block) {
+          const int64_t c0 = p_.first_channel(block), c1 = p_.first_channel(block + 1);
+          const auto for_slices = [&](const auto& f) {
+            for (int64_t slice = 0; slice < p_.slices; ++slice) f(Task{slice, c0, c1, 0});
+          };
+          begin(c0, c1);
+          for_slices([&](const Task& task) { reduce(task, false); });
+          if (!settle_all(c0, c1, false)) {
+            for_slices([&](const Task& task) { reduce(task, true); });
+            settle_all(c0, c1, true);
+          }
+          finish(c0, c1);
+          const int64_t ahead = block + 1 < last ? (c1 - c0) * p_.width : 0;
+          for (int64_t slice = p_.slices; slice-- > 0;) apply(Task{slice, c0, c1, ahead});
         }
       });
-    } else {
-      for_each_task(reduce);
-      for (int64_t c = 0; c < q_.c; ++c) finish(c);
-      for_each_task(apply);
+      return;
     }
+    begin(0, q_.c);
+    for_each_task([&](const Task& task) { reduce(task, false); });
+    if (!settle_all(0, q_.c, false)) {
+      for_each_task([&](const Task& task) { reduce(task, true); });
+      settle_all(0, q_.c, true);
+    }
+    finish(0, q_.c);
+    for_each_task(apply);
   }
 
   const CpuPlan& p_;

@@ -121,29 +121,11 @@ inline Vec<T> keep(const Condition<T>& sign, const Vec<T>& x) {
   return r;
 }
 
-// One bit per lane, lane i in bit i: a ReLU mask's bytes, read and written together.
-using LaneBits = std::conditional_t<kLanes == 16, uint16_t, uint8_t>;
-inline constexpr LaneBits first_bits(int n) {
-  return static_cast<LaneBits>((1u << n) - 1);
-}
-
+// One bit per lane, lane i in bit i.
 template <class T>
-inline Condition<T> from_bits(LaneBits bits) {
-  using Integer = typename Condition<T>::integer;
-  Condition<T> s;
+inline uint32_t to_bits(const Condition<T>& s) {
   constexpr int lanes = kLanes / Vec<T>::kCount;
-  for (int i = 0; i < Vec<T>::kCount; ++i) {
-    typename Vec<Integer>::native bit;
-    for (int j = 0; j < lanes; ++j) bit[j] = Integer{1} << (i * lanes + j);
-    s.mask.v[i] = (bit & Integer{bits}) != 0;
-  }
-  return s;
-}
-
-template <class T>
-inline LaneBits to_bits(const Condition<T>& s) {
-  constexpr int lanes = kLanes / Vec<T>::kCount;
-  unsigned bits = 0;
+  uint32_t bits = 0;
   for (int i = 0; i < Vec<T>::kCount; ++i) {
 #if defined(__AVX512DQ__)
     if constexpr (sizeof(T) == 4) bits |= _mm512_movepi32_mask((__m512i)s.mask.v[i]) << (i * lanes);
@@ -155,19 +137,7 @@ inline LaneBits to_bits(const Condition<T>& s) {
     for (int j = 0; j < lanes; ++j) bits |= (s.mask.v[i][j] & 1u) << (i * lanes + j);
 #endif
   }
-  return static_cast<LaneBits>(bits);
-}
-
-// The bits of the first n lanes; rows of a mask are padded to whole bytes.
-inline LaneBits load_bits(const uint8_t* p, int n) {
-  unsigned bits = p[0];
-  if (n > 8) bits |= p[1] << 8;
-  return static_cast<LaneBits>(bits);
-}
-inline void store_bits(uint8_t* p, LaneBits bits, int n) {
-  bits &= first_bits(n);
-  p[0] = static_cast<uint8_t>(bits);
-  if (n > 8) p[1] = static_cast<uint8_t>(bits >> 8);
+  return bits;
 }
 
 inline Vec<double> to_double(const Vec<double>& x) {
@@ -175,6 +145,14 @@ inline Vec<double> to_double(const Vec<double>& x) {
 }
 inline Vec<double> to_double(const Vec<float>& x) {
   Vec<double> r;
+#if defined(__AVX512F__)
+  const __m256d high = _mm512_extractf64x4_pd((__m512d)x.v[0], 1);
+  r.v[0] = _mm512_cvtps_pd(_mm512_castps512_ps256(x.v[0]));
+  r.v[1] = _mm512_cvtps_pd((__m256)high);
+#elif defined(__AVX2__)
+  r.v[0] = _mm256_cvtps_pd(_mm256_castps256_ps128(x.v[0]));
+  r.v[1] = _mm256_cvtps_pd(_mm256_extractf128_ps(x.v[0], 1));
+#else
   constexpr int lanes = kLanes / Vec<double>::kCount;
   typedef float part_t __attribute__((vector_size(lanes * sizeof(float))));
   for (int i = 0; i < Vec<double>::kCount; ++i) {
@@ -182,17 +160,7 @@ inline Vec<double> to_double(const Vec<float>& x) {
     std::memcpy(&part, reinterpret_cast<const char*>(&x) + i * sizeof part, sizeof part);
     r.v[i] = __builtin_convertvector(part, typename Vec<double>::native);
   }
-  return r;
-}
-
-inline Vec<float> to_float(const Vec<double>& x) {
-  Vec<float> r;
-  constexpr int lanes = kLanes / Vec<double>::kCount;
-  typedef float part_t __attribute__((vector_size(lanes * sizeof(float))));
-  for (int i = 0; i < Vec<double>::kCount; ++i) {
-    const part_t part = __builtin_convertvector(x.v[i], part_t);
-    std::memcpy(reinterpret_cast<char*>(&r) + i * sizeof part, &part, sizeof part);
-  }
+#endif
   return r;
 }
 
@@ -200,33 +168,18 @@ template <class A, class T>
 inline Vec<A> convert(const Vec<T>& x) {
   if constexpr (std::is_same_v<A, T>)
     return x;
-  else if constexpr (std::is_same_v<A, double>)
-    return to_double(x);
   else
-    return to_float(x);
-}
-
-template <class T>
-inline T lane(const Vec<T>& x, int i) {
-  constexpr int lanes = kLanes / Vec<T>::kCount;
-  return x.v[i / lanes][i % lanes];
-}
-
-template <class T>
-inline Vec<T> finite_or_zero(const Vec<T>& x) {
-  Vec<T> r;
-  for (int i = 0; i < Vec<T>::kCount; ++i)
-    r.v[i] = x.v[i] - x.v[i] == 0 ? x.v[i] : typename Vec<T>::native{};
-  return r;
+    return to_double(x);
 }
 
 // The sum over lanes, in a fixed order.
 inline double sum_lanes(const Vec<double>& x) {
-  double sum[kLanes];
-  std::memcpy(sum, &x, sizeof sum);
-  for (int n = kLanes / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) sum[i] += sum[i + n];
-  return sum[0];
+  Vec<double>::native sum = x.v[0];
+  for (int i = 1; i < Vec<double>::kCount; ++i) sum = sum + x.v[i];
+  constexpr int lanes = kLanes / Vec<double>::kCount;
+  double total = 0;
+  for (int i = 0; i < lanes; i += 2) total += sum[i] + sum[i + 1];
+  return total;
 }
 
 }  // namespace bnext::BNEXT_ISA_NAMESPACE

@@ -41,8 +41,7 @@ devices = st.builds(
 
 
 SPLIT = (
-    "index_map", "bins", "bins_per_channel", "rows", "row_stride", "width", "segments",
-    "segment_width", "chunk_rows", "chunks", "slices",
+    "index_map", "channels", "width", "fold", "rows", "row_stride", "rest", "pieces", "slices",
 )  # fmt: skip
 
 
@@ -72,19 +71,22 @@ def test_the_work_is_covered_once(problem, device) -> None:
     n, c, hw, _, _, _, _, _ = problem
     p = _C.plan(*problem, device)
     assert p.isa == device.isa
-    assert p.bins * p.rows * p.width == n * c * hw
-    assert p.bins == c * p.bins_per_channel
-    assert (p.index_map == "columns") == (p.width == 1 and p.row_stride == p.bins) or hw == 1
-    assert (p.segments - 1) * p.segment_width < p.width <= p.segments * p.segment_width
-    assert p.chunks == ceil(p.rows, p.chunk_rows) * p.segments
-    assert 1 <= p.slices <= p.chunks
-    tasks = ceil(p.bins, p.block)
-    assert p.tasks == (tasks if p.family == "resident" else tasks * p.slices)
+    assert p.rows * p.row_stride + p.rest == n * c * hw
+    assert p.row_stride == p.fold * p.channels * p.width
+    assert p.rest % (p.channels * p.width) == 0 and p.rest < p.row_stride
+    assert (p.index_map == "rows") == (p.width > 128), "rows are longer than any two vectors"
+    if p.index_map == "columns":
+        assert p.row_stride >= 64, "two vectors of any dtype"
+        assert p.fold == 1 or p.row_stride <= 2048, "what is staged fits its buffer"
+    else:
+        assert p.fold == 1 and p.pieces == max(1, p.width // 16384)
+    assert 1 <= p.slices <= max(1, p.rows * p.pieces)
+    assert p.block * p.blocks <= p.channels < p.block * (p.blocks + 1)
+    assert p.fold == 1 or p.blocks == 1, "a channel is in every fold"
+    assert p.tasks == p.blocks * (1 if p.family == "resident" else p.slices)
     assert p.block >= 1 and p.grain >= 1
-    if p.family == "resident":
-        assert p.block % p.bins_per_channel == 0, "a task that finishes a channel needs all of it"
-    chunk = p.chunk_rows * (p.segment_width if p.segments > 1 else p.width)
-    assert chunk * SIZES["float64"] <= 48 * KIB or p.chunk_rows == 1, "a chunk stays in the L1"
+    if p.index_map == "columns" and p.blocks > 1:
+        assert p.block % (32 if SIZES[problem[4]] == 2 else 16) == 0, "blocks are whole vectors"
 
 
 @given(problem=problems, device=devices, other=devices)
@@ -103,7 +105,7 @@ def test_the_split_of_the_sums_does_not_depend_on_the_machine(problem, device, o
 @pytest.mark.parametrize("stage", ["train_forward", "train_backward"])
 def test_resnet_shapes_are_resident(c, hw, stage) -> None:
     p = plan(32, c, hw, stage)
-    assert (p.family, p.index_map) == ("resident", "rows")
+    assert (p.family, p.index_map) == ("resident", "columns" if hw == 49 else "rows")
     assert p.tasks >= SERVER.threads
 
 
@@ -119,7 +121,7 @@ def test_resnet_shapes_are_resident(c, hw, stage) -> None:
         (32, 512, 28 * 28, "train_backward", True, "streaming", "columns"),
         (256, 1024, 1, "train_forward", True, "streaming", "columns"),
         (125000, 50, 1, "train_forward", True, "streaming", "columns"),
-        (32, 2048, 4, "train_forward", False, "streaming", "columns"),
+        (32, 2048, 4, "train_forward", False, "resident", "columns"),
         (32, 64, 56 * 56, "eval_forward", True, "elementwise", "columns"),
         (32, 64, 56 * 56, "eval_forward", False, "elementwise", "rows"),
         (32, 64, 56 * 56, "eval_backward", False, "elementwise", "rows"),
@@ -139,17 +141,13 @@ def test_a_mask_where_only_sums_are_wanted() -> None:
     assert p.bytes_moved == p.bytes_floor == 2 * 4 * elements + elements // 8
 
 
-def test_only_a_mask_keeps_short_rows() -> None:
-    for stage, without in (("train_forward", {"save_mask": False}), ("train_backward", {})):
-        assert plan(32, 64, 9, stage, act="relu", residual=True).index_map == "rows"
-        columns = plan(32, 64, 9, stage, act="relu", residual="forward" in stage, **without)
-        assert columns.index_map == "columns"
-
-
-def test_outputs_beyond_the_cache_are_stored_past_it() -> None:
+def test_outputs_that_would_fill_the_cache_are_stored_past_it() -> None:
     assert plan(64, 64, 112 * 112).nontemporal_stores
     assert not plan(8, 64, 14 * 14).nontemporal_stores
-    assert not plan(64, 64, 111 * 111).nontemporal_stores, "rows of odd length are not aligned"
+    assert plan(64, 64, 111 * 111).nontemporal_stores, "odd rows are staged"
+    assert plan(64, 65, 112 * 112, channels_last=True).nontemporal_stores, "folded to whole lines"
+    odd = plan(64, 1001, 28 * 28, channels_last=True)
+    assert odd.fold == 1 and not odd.nontemporal_stores, "rows of columns must be whole lines"
 
 
 @pytest.mark.parametrize("stage", STAGES)

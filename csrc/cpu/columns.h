@@ -1,0 +1,262 @@
+// The walkers over columns: rows of memory in which every element has its own sums or coefficients.
+//
+// A slot is what a unit of columns has in an array of those, lane by lane. The last one belongs to
+// the unit that ends where the columns end, and so may repeat some of the one before.
+// Compiled per instruction set, as vec.h.
+#pragma once
+
+#include "body.h"
+
+namespace bnext::BNEXT_ISA_NAMESPACE {
+
+// Storage for the columns of a tile: their sums and coefficients share the L1.
+inline constexpr int64_t kTileColumns = 2048, kMaxTileColumns = 4096;
+// What does not fill a row; see fold in plan.cpp.
+inline constexpr int64_t kMaxRest = 2048;
+
+// f(body, row): the body with the elements that do not fill a row staged, as its row 0.
+template <class Body, class F>
+[[gnu::noinline]] void with_rest(const Body& body, const CpuPlan& p, F f) {
+  using T = typename Body::Element;
+  const Place first = place<IndexMap::kColumns>(p, p.rows, 0);
+  T in[Body::kInputs][kMaxRest] = {}, out[std::max(Body::kOutputs, 1)][kMaxRest];
+  uint8_t mask[kMaxRest / 8] = {};
+  Body staged = body;
+  for (int i = 0; i < Body::kInputs; ++i) {
+    if (!body.in[i]) continue;
+    std::memcpy(in[i], body.in[i] + first.element, p.rest * sizeof(T));
+    staged.in[i] = in[i];
+  }
+  for (int o = 0; o < Body::kOutputs; ++o)
+    if (body.out[o]) staged.out[o] = out[o];
+  if (body.mask) {
+    std::memcpy(mask, body.mask + first.mask_row, (p.rest + 7) / 8);
+    staged.mask = mask;
+  }
+  f(staged);
+  for (int o = 0; o < Body::kOutputs; ++o)
+    if (body.out[o]) std::memcpy(body.out[o] + first.element, out[o], p.rest * sizeof(T));
+  if (Body::kWritesMask && body.mask)
+    std::memcpy(const_cast<uint8_t*>(body.mask) + first.mask_row, mask, (p.rest + 7) / 8);
+}
+
+// From values of channels [c0, c1) to slots.
+template <class T, class A>
+[[gnu::noinline]] void spread(const CpuPlan& p, int64_t c0, int64_t c1, const void* values,
+                              void* slots) {
+  const A* value = static_cast<const A*>(values);
+  A *const begin = static_cast<A*>(slots) + c0 * p.width, *end = begin;
+  for (int64_t f = 0; f < p.fold; ++f) {
+    if (p.width == 1) std::memcpy(end, value + c0, (c1 - c0) * sizeof(A));
+    for (int64_t c = c0; c < c1; ++c, end += p.width) {
+      if (p.width >= kLanes)
+        for (int64_t i = 0; i < p.width; i += kLanes)
+          store(end + std::min<int64_t>(i, p.width - kLanes), Vec<A>(value[c]));
+      else if (p.width > 1)
+        std::fill_n(end, p.width, value[c]);
+    }
+  }
+  A last[kUnit<T>];
+  to_lanes<T>(end - kUnit<T>, last);
+  A* slot = begin;
+  for (; slot < end - kUnit<T>; slot += kUnit<T>) to_lanes<T>(slot, slot);
+  std::memcpy(slot, last, sizeof last);
+}
+
+template <class A>
+inline double sum_elements(const A* p, int64_t count) {
+  Vec<double> sum(0.0);
+  double rest = 0;
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) sum = sum + to_double(load(p + i));
+  for (; i < count; ++i) rest += static_cast<double>(p[i]);
+  return sum_lanes(sum) + rest;
+}
+
+// Sums of a tile of columns, on their way to its channels.
+template <class Body>
+class ColumnSums {
+  using T = typename Body::Element;
+  using A = typename Body::Accumulator;
+  static constexpr int kSums = Body::kSums;
+
+ public:
+  ColumnSums(const CpuPlan& p, int64_t c0, int64_t c1, double* const* results)
+      : p_(p),
+        c0_(c0),
+        count_(c1 - c0),
+        first_(c0 * p.width),
+        columns_(p.fold * count_ * p.width),
+        slots_(round_up(columns_, kUnit<T>)),
+        results_(results),
+        linear_(p.family != Family::kResident) {
+    for (int s = 0; s < kSums; ++s) {
+      std::fill_n(results[s] + c0, count_, 0.0);
+      std::fill_n(error_[s], kCompensated ? count_ : 0, 0.0);
+    }
+    clear(level1_);
+    clear(level2_);
+  }
+
+  template <int kRows>
+  [[gnu::noinline]] void add(const Body body, int64_t row) {
+    const Place at = place<IndexMap::kColumns>(p_, row, first_);
+    for (int64_t slot = 0; slot < columns_; slot += kUnit<T>) {
+      const int64_t column = std::min<int64_t>(slot, columns_ - kUnit<T>);
+      const auto k = body.at(first_ + slot);
+      Vec<A> sum[kVecs<T>][kSums];
+      unrolled<(kRows + 3) / 4>([&](auto four) {
+        Vec<A> chain[kVecs<T>][kSums];
+        BNEXT_ISA_NAMESPACE::clear(chain);
+        unrolled<std::min(kRows, 4)>([&](auto i) {
+          constexpr int r = four * 4 + i;
+          if (linear_ && r * sizeof(T) * kUnit<T> % 64 == 0)
+            body.template prefetch<3>(at.element + slot * kRows + r * kUnit<T> +
+                                      kAheadBytes / sizeof(T));
+          Place here = at + column;
+          here.element += r * p_.row_stride;
+          here.mask_row += r * ((p_.row_stride + 7) / 8);
+          body.add(k, here, All{}, chain);
+        });
+        unrolled<kVecs<T> * kSums>([&](auto n) {
+          constexpr int j = n / kSums, s = n % kSums;
+          sum[j][s] = four == 0 ? chain[j][s] : sum[j][s] + chain[j][s];
+        });
+      });
+      unrolled<kVecs<T> * kSums>([&](auto n) {
+        constexpr int j = n / kSums, s = n % kSums;
+        A* const level1 = level1_[s] + slot + j * kLanes;
+        store(level1, load(level1) + sum[j][s]);
+      });
+    }
+    if (++groups_ == 4) join();
+  }
+
+  // To double; `folds`: how many of a row's count.
+  void finish(int64_t folds) {
+    if (groups_ > 0) join();
+    if (joins_ > 0) to_channels(folds);
+    for (int s = 0; s < kSums; ++s)
+      for (int64_t c = 0; c < count_ && kCompensated; ++c) {
+        results_[s][c0_ + c] += finite_or_zero(error_[s][c]);
+        error_[s][c] = 0;
+      }
+  }
+
+ private:
+  void clear(A (&level)[kSums][kMaxTileColumns]) {
+    for (int s = 0; s < kSums; ++s) std::fill_n(level[s], slots_, A{0});
+  }
+  void join() {
+    for (int s = 0; s < kSums; ++s)
+      for (int64_t i = 0; i < slots_; i += kLanes) {
+        store(level2_[s] + i, load(level2_[s] + i) + load(level1_[s] + i));
+        store(level1_[s] + i, Vec<A>(A{0}));
+      }
+    groups_ = 0;
+    if (++joins_ == 4) to_channels(p_.fold);
+  }
+  void to_channels(int64_t folds) {
+    A buffer[kUnit<T> + kMaxTileColumns];
+    A* const columns = buffer + kUnit<T>;
+    for (int s = 0; s < kSums; ++s) {
+      // The last unit first: what it shares with the one before is that one's.
+      for (int64_t slot = (columns_ - 1) / kUnit<T> * kUnit<T>; slot >= 0; slot -= kUnit<T>)
+        to_elements<T>(level2_[s] + slot, columns + std::min<int64_t>(slot, columns_ - kUnit<T>));
+      double *const result = results_[s] + c0_, *const error = error_[s];
+      const auto add = [&](int64_t c, double x) { add_in_double<A>(result[c], error[c], x); };
+      for (int64_t f = 0; f < folds; ++f) {
+        const A* run = columns + f * count_ * p_.width;
+        if (p_.width == 1)
+          for (int64_t c = 0; c < count_; ++c) add(c, static_cast<double>(run[c]));
+        else
+          for (int64_t c = 0; c < count_; ++c) add(c, sum_elements(run + c * p_.width, p_.width));
+      }
+    }
+    clear(level2_);
+    joins_ = 0;
+  }
+
+  const CpuPlan& p_;
+  const int64_t c0_, count_, first_, columns_, slots_;
+  double* const* results_;
+  const bool linear_;
+  int groups_ = 0, joins_ = 0;
+  static constexpr bool kCompensated = sizeof(A) == 8;
+  double error_[kSums][kCompensated ? kTileColumns : 1];  // of each channel's sum
+  alignas(64) A level1_[kSums][kMaxTileColumns], level2_[kSums][kMaxTileColumns];
+};
+
+template <class Body>
+[[gnu::noinline]] void sum_columns(const Body& body, const CpuPlan& p, const Task& task,
+                                   double* const* results) {
+  using T = typename Body::Element;
+  const int64_t row0 = p.first_chunk(task.slice), row1 = p.first_chunk(task.slice + 1);
+  int64_t step = std::max<int64_t>(kUnit<T>, kTileColumns / p.width / kUnit<T> * kUnit<T>);
+  if (p.fold > 1) step = p.channels;
+  for (int64_t c = task.c0; c < task.c1; c += step) {
+    ColumnSums<Body> sums(p, c, std::min(task.c1, c + step), results);
+    int64_t row = row0;
+    for (; row + Body::kGroupRows <= row1; row += Body::kGroupRows)
+      sums.template add<Body::kGroupRows>(body, row);
+    for (; row < row1; ++row) sums.template add<1>(body, row);
+    sums.finish(p.fold);
+    if (p.rest > 0 && task.slice + 1 == p.slices)
+      with_rest(body, p, [&](const Body& staged) {
+        sums.template add<1>(staged, 0);
+        sums.finish(p.rest / (p.channels * p.width));
+      });
+  }
+}
+
+// `rows` rows that share one load of their coefficients.
+template <bool kNontemporal, class Body>
+[[gnu::noinline]] void apply_group(const Body body, const CpuPlan& p, int64_t row, int64_t rows,
+                                   int64_t first, int64_t columns, int64_t ahead) {
+  using T = typename Body::Element;
+  const Place at = place<IndexMap::kColumns>(p, row, first);
+  for (int64_t slot = 0; slot < columns; slot += kUnit<T>) {
+    const int64_t column = std::min<int64_t>(slot, columns - kUnit<T>);
+    const auto k = body.at(first + slot);
+    for (int64_t r = 0; r < rows; ++r) {
+      Place here = at + column;
+      here.element += r * p.row_stride;
+      here.mask_row += r * ((p.row_stride + 7) / 8);
+      if (slot * sizeof(T) % 64 == 0) {
+        body.template prefetch<2>(here.element + ahead);
+        if constexpr (!kNontemporal) body.prefetch_stores(here.element);
+      }
+      body.template apply<kNontemporal>(k, here);
+    }
+  }
+}
+
+// In blocks, the last first, so that what was summed last is read first; within one the rows run
+// forwards, as prefetchers like it (C = 256, float32: 15.0 ms row by row in reverse, 5.4 so).
+template <class Body>
+[[gnu::noinline]] void apply_columns(const Body& body, const CpuPlan& p, const Task& task) {
+  using T = typename Body::Element;
+  constexpr int64_t kBlockBytes = 256 << 10;
+  const int64_t row0 = p.first_chunk(task.slice), row1 = p.first_chunk(task.slice + 1);
+  const int64_t first = task.c0 * p.width, columns = p.fold * (task.c1 - task.c0) * p.width;
+  const int64_t row_bytes = columns * sizeof(T);
+  const int64_t block = std::max<int64_t>(4, kBlockBytes / row_bytes / 4 * 4);
+  // Non-temporal stores must finish their lines before the buffers for them run out (24x1024x14x14,
+  // float32: 13.8 ms by 4 rows, 5.3 by 1).
+  const int64_t group = p.nontemporal_stores ? (row_bytes <= 1024 ? 4 : 1) : 2;
+  const int64_t ahead = task.ahead ? task.ahead : kAheadBytes / sizeof(T);
+  if (p.rest > 0 && task.slice + 1 == p.slices)
+    with_rest(body, p,
+              [&](const Body& staged) { apply_group<false>(staged, p, 0, 1, first, columns, 0); });
+  for (int64_t begin, end = row1; end > row0; end = begin) {
+    begin = std::max(row0, row0 + (end - row0 - 1) / block * block);
+    for (int64_t row = begin; row < end; row += group)
+      if (p.nontemporal_stores)
+        apply_group<true>(body, p, row, std::min(group, end - row), first, columns, ahead);
+      else
+        apply_group<false>(body, p, row, std::min(group, end - row), first, columns, ahead);
+  }
+  if (p.nontemporal_stores) fence_nontemporal();
+}
+
+}  // namespace bnext::BNEXT_ISA_NAMESPACE
