@@ -271,10 +271,19 @@ def check_act_operands(
 ) -> None:
     """What both derivatives need to find f'(z) where a residual was added."""
     name = next(name or "none" for name, a in ACTIVATIONS.items() if a.kind == act)
+    if act == 0 and had_residual:
+        fail("act: expected one where the residual's gradient is asked for, which else is grad_out")
     if needs == "sign" and mask is None and (had_residual or residual is not None):
         fail(f"mask: expected where a residual was added before {name}")
     if needs == "sum" and residual is None and had_residual:
         fail(f"residual: expected where one was added before {name}")
+
+
+def check_act_is_linear(act: int, needs: str) -> None:
+    """The double backward takes no activation with a second derivative."""
+    if needs == "sum":
+        name = next(name for name, a in ACTIVATIONS.items() if a.kind == act)
+        fail(f"act: expected none that is curved, got {name}")
 
 
 def check_any_statistics(

@@ -174,10 +174,19 @@ inline const double* check_save_stats(const OptionalTensor& t, const Input& x) {
 // What both derivatives need to find f'(z) where a residual was added.
 inline void check_act_operands(bool residual, bool mask, bool had_residual, const Input& x) {
   const Act act = x.problem.act;
+  BNEXT_CHECK(act != Act::kNone || !had_residual,
+              "act: expected one where the residual's gradient is asked for, which else is grad_out");
   BNEXT_CHECK(mask || !(residual || had_residual) || traits(act).needs != Needs::kSign,
               "mask: expected where a residual was added before ", to_string(act));
   BNEXT_CHECK(residual || !had_residual || traits(act).needs != Needs::kSum,
               "residual: expected where one was added before ", to_string(act));
+}
+
+// The double backward takes no activation with a second derivative.
+inline void check_act_is_linear(const Input& x) {
+  const Act act = x.problem.act;
+  BNEXT_CHECK(traits(act).needs != Needs::kSum, "act: expected none that is curved, got ",
+              to_string(act));
 }
 
 // What both derivatives ask for: the batch's statistics, or else the running ones.

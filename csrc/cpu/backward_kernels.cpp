@@ -12,16 +12,21 @@ struct Outputs {
 };
 
 // A: of the sums.
-template <class T, IndexMap kIndexMap, class A, Act kAct, Passed kPassed, Outputs kWanted>
-struct Backward : BodyOf<T, kIndexMap, 2, kWanted.batch || kWanted.frozen ? 2 : 0> {
+template <class T, IndexMap kIndexMap, class A, Kind kKind, Source kSource, Outputs kWanted>
+struct Backward : BodyOf<T, kIndexMap, 2 + (kSource == Source::kSum),
+                         kWanted.batch || kWanted.frozen ? 2 : 0> {
   using Accumulator = A;
   using C = compute_t<T>;
   static constexpr int kSums = 2, kGroupRows = 4;
-  static constexpr bool kReadsInput = kWanted.sums || kWanted.batch || kPassed == Passed::kInput;
+  using Forward = Recomputed<T, kIndexMap, kSource>;
+  static constexpr bool kReadsInput = kWanted.sums || kWanted.batch || Forward::kWhole;
+  // A residual was added, so it may have a gradient of its own.
+  static constexpr bool kAdded = kSource == Source::kMask || kSource == Source::kSum;
   BackwardArrays arrays;
+  ActGradient<T, kKind, kSource> act;
 
   struct Coefficients {
-    Recomputed<T, kIndexMap, kPassed> forward;
+    Forward forward;
     PerUnit<kIndexMap, T> invstd, a, b, c;
   };
   Coefficients at(int64_t bin) const {
@@ -36,17 +41,21 @@ struct Backward : BodyOf<T, kIndexMap, 2, kWanted.batch || kWanted.frozen ? 2 : 
   void prefetch(int64_t element) const {
     if constexpr (kReadsInput) __builtin_prefetch(this->in[0] + element, 0, kLocality);
     __builtin_prefetch(this->in[1] + element, 0, kLocality);
+    if constexpr (kSource == Source::kSum)
+      __builtin_prefetch(this->in[2] + element, 0, kLocality);
   }
 
   Unit<T> load_dy(const Coefficients& k, const Unit<T>& x, const Place& place) const {
     Unit<T> dy = load_unit(this->in[1] + place.element);
-    through_activation<kAct>(where_passed(k.forward, x, this->mask, place), dy);
+    Unit<T> residual;
+    if constexpr (kSource == Source::kSum) residual = load_unit(this->in[2] + place.element);
+    act.through(k.forward, x, residual, this->mask, place, dy);
     return dy;
   }
 
   template <bool kNontemporal>
   void write(const Coefficients& k, const Place& place, const Unit<T>& x, const Unit<T>& dy) const {
-    if (this->out[0]) {
+    if (!kAdded || this->out[0]) {
       Unit<T> dx;
       // With frozen statistics dx does not depend on x, not even where x is inf or nan.
       unrolled<kVecs<T>>([&](auto j) {
@@ -59,7 +68,7 @@ struct Backward : BodyOf<T, kIndexMap, 2, kWanted.batch || kWanted.frozen ? 2 : 
       });
       store_unit<kNontemporal>(this->out[0] + place.element, dx);
     }
-    if (this->out[1]) store_unit<kNontemporal>(this->out[1] + place.element, dy);
+    if (kAdded && this->out[1]) store_unit<kNontemporal>(this->out[1] + place.element, dy);
   }
 
   template <class Keep>
@@ -90,15 +99,17 @@ struct Table {
   static void backward(const CpuPlan& p, const Task& task, const BackwardArrays& arrays,
                        const BackwardArgs& args, Act act, Sums sums) {
     with_map(p.map, [&](auto map) {
-      with_activation(act, args.mask, [&](auto act_c, auto passed) {
-        Backward<T, map, A, act_c, passed, kWanted> body;
+      with_activation<Source::kSum>(act, args, [&](auto kind, auto source) {
+        Backward<T, map, A, kind, source, kWanted> body;
         body.in[0] = static_cast<const T*>(args.input);
         body.in[1] = static_cast<const T*>(args.grad_out);
+        if constexpr (source == Source::kSum) body.in[2] = static_cast<const T*>(args.residual);
         body.out[0] = static_cast<T*>(args.grad_input);
         if constexpr (kWanted.batch || kWanted.frozen)
           body.out[1] = static_cast<T*>(args.grad_residual);
         body.mask = const_cast<uint8_t*>(args.mask);
         body.arrays = arrays;
+        body.act = {{act, args.act_param}};
         if constexpr (kWanted.sums)
           sum(body, p, task, sums);
         else

@@ -68,7 +68,7 @@ inline const Vec<A>& keep(const All&, int, const Vec<A>& x) {
 }
 template <class T, class A>
 inline Vec<A> keep(const Mask<T, A>& mask, int j, const Vec<A>& x) {
-  return keep(mask.v[j], x);
+  return select(mask.v[j], x, Vec<A>(A{0}));
 }
 
 template <int kCount, class A, int kSums>

@@ -7,15 +7,16 @@
 namespace bnext::BNEXT_ISA_NAMESPACE {
 namespace {
 
-template <class T, IndexMap kIndexMap, Act kAct, Passed kPassed, bool kApplies>
+template <class T, IndexMap kIndexMap, Kind kKind, Source kSource, bool kApplies>
 struct DoubleBackward : BodyOf<T, kIndexMap, 4, kApplies ? 2 : 0> {
   using Accumulator = double;
   using C = compute_t<T>;
   static constexpr int kSums = 5, kGroupRows = 4;
   DoubleBackwardArrays arrays;
+  ActGradient<T, kKind, kSource> act;  // only of those that need a sign: linear
 
   struct Coefficients {
-    Recomputed<T, kIndexMap, kPassed> forward;
+    Recomputed<T, kIndexMap, kSource> forward;
     PerUnit<kIndexMap, T> invstd, a_u, a_h, a_1, b_g, b_u, b_h, b_1;
   };
   Coefficients at(int64_t bin) const {
@@ -36,8 +37,8 @@ struct DoubleBackward : BodyOf<T, kIndexMap, 4, kApplies ? 2 : 0> {
     v.x = load_unit(this->in[0] + place.element);
     v.u = load_unit(this->in[1] + place.element);
     v.g = load_unit(this->in[2] + place.element);
-    v.passed = where_passed(k.forward, v.x, this->mask, place);
-    through_activation<kAct>(v.passed, v.g);
+    v.passed = act.passed(k.forward, v.x, this->mask, place);
+    act.through(v.passed, v.g);
     return v;
   }
 
@@ -71,7 +72,7 @@ struct DoubleBackward : BodyOf<T, kIndexMap, 4, kApplies ? 2 : 0> {
           fma(v.g.v[j], k.b_g[j], fma(v.u.v[j], k.b_u[j], fma(h, k.b_h[j], k.b_1[j])));
     });
     if (this->out[0]) {
-      through_activation<kAct>(v.passed, grad_grad_out);
+      act.through(v.passed, grad_grad_out);
       store_unit<kNontemporal>(this->out[0] + place.element, grad_grad_out);
     }
     if (this->out[1]) store_unit<kNontemporal>(this->out[1] + place.element, grad_input);
@@ -84,8 +85,8 @@ struct Table {
   static void with_body(const CpuPlan& p, const DoubleBackwardArrays& arrays,
                         const DoubleBackwardArgs& args, Act act, Run run) {
     with_map(p.map, [&](auto map) {
-      with_activation(act, args.mask, [&](auto act_c, auto passed) {
-        DoubleBackward<T, map, act_c, passed, kApplies> body;
+      with_activation<Source::kInput>(act, args, [&](auto kind, auto source) {
+        DoubleBackward<T, map, kind, source, kApplies> body;
         body.in[0] = static_cast<const T*>(args.input);
         body.in[1] = static_cast<const T*>(args.grad_grad_input);
         body.in[2] = static_cast<const T*>(args.grad_out);
@@ -96,6 +97,7 @@ struct Table {
         }
         body.mask = const_cast<uint8_t*>(args.mask);
         body.arrays = arrays;
+        body.act = {{act, args.act_param}};
         run(body);
       });
     });

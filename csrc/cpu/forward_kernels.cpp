@@ -2,9 +2,8 @@
 // the output. Compiled per instruction set (BNEXT_ISA_NAMESPACE, see setup.py).
 #include <cmath>
 
-#include "../activation.h"
 #include "../formulas.h"
-#include "walk.h"
+#include "act.h"
 
 namespace bnext::BNEXT_ISA_NAMESPACE {
 namespace {
@@ -95,10 +94,11 @@ struct Moments : BodyOf<T, kMap, 1, 0> {
   }
 };
 
-template <class T, IndexMap kIndexMap, Act kAct, bool kResidual>
+template <class T, IndexMap kIndexMap, Kind kKind, bool kResidual>
 struct Forward : BodyOf<T, kIndexMap, 1 + kResidual, 1, true> {
   using C = compute_t<T>;
   ForwardArrays arrays;
+  ActOf act;
 
   struct Coefficients {
     PerUnit<kIndexMap, T> mean, scale, shift;
@@ -112,18 +112,22 @@ struct Forward : BodyOf<T, kIndexMap, 1 + kResidual, 1, true> {
     const Unit<T> x = load_unit(this->in[0] + place.element);
     Unit<T> residual, y;
     if constexpr (kResidual) residual = load_unit(this->in[1] + place.element);
-    Mask<T> passed;
     unrolled<kVecs<T>>([&](auto j) {
-      Vec<C> z = bnext::apply(Affine<Vec<C>>{k.mean[j], k.scale[j], k.shift[j]}, x.v[j]);
-      if constexpr (kResidual) z = z + residual.v[j];
-      if constexpr (kAct != Act::kNone) {
-        passed.v[j] = passes(z);
-        z = activate<kAct>(passed.v[j], z);
-      }
-      y.v[j] = z;
+      y.v[j] = bnext::apply(Affine<Vec<C>>{k.mean[j], k.scale[j], k.shift[j]}, x.v[j]);
+      if constexpr (kResidual) y.v[j] = y.v[j] + residual.v[j];
     });
-    if (kResidual && kAct != Act::kNone && this->mask)
-      write_bits<T>(this->mask + place.mask_row, place.bit, to_bits(passed));
+    if constexpr (kResidual && kKind != Kind::kNone) {
+      if (this->mask)
+        with_sign<kKind>(act.kind, [&](auto a) {
+          Mask<T> passed;
+          unrolled<kVecs<T>>([&](auto j) { passed.v[j] = a.passes(y.v[j]); });
+          write_bits<T>(this->mask + place.mask_row, place.bit, to_bits(passed));
+        });
+    }
+    if constexpr (kKind == Kind::kAny)
+      activate_any(act, y);
+    else if constexpr (kKind == Kind::kRelu)
+      unrolled<kVecs<T>>([&](auto j) { y.v[j] = Activation<Act::kRelu>::f(y.v[j], y.v[j]); });
     store_unit<kNontemporal>(this->out[0] + place.element, y);
   }
 };
@@ -140,14 +144,15 @@ struct Table {
   static void apply(const CpuPlan& p, const Task& task, const ForwardArrays& arrays,
                     const ForwardArgs& args, Act act) {
     with_map(p.map, [&](auto map) {
-      with_bool(act == Act::kRelu, [&](auto relu) {
+      with_compiled(act, [&](auto kind) {
         with_bool(args.residual != nullptr, [&](auto residual) {
-          Forward<T, map, relu ? Act::kRelu : Act::kNone, residual> body;
+          Forward<T, map, kind, residual> body;
           body.in[0] = static_cast<const T*>(args.input);
           if constexpr (residual) body.in[1] = static_cast<const T*>(args.residual);
           body.out[0] = static_cast<T*>(args.output);
           body.mask = args.mask;
           body.arrays = arrays;
+          body.act = {act, args.act_param};
           BNEXT_ISA_NAMESPACE::apply(body, p, task);
         });
       });

@@ -65,6 +65,7 @@ struct Vec {
 BNEXT_VEC_OPERATOR(+)
 BNEXT_VEC_OPERATOR(-)
 BNEXT_VEC_OPERATOR(*)
+BNEXT_VEC_OPERATOR(/)
 #undef BNEXT_VEC_OPERATOR
 
 // a * b + c, one rounding where the instruction set has it. Written out, and the file compiled
@@ -99,10 +100,20 @@ struct Condition {
   Vec<integer> mask;
 };
 
+#define BNEXT_VEC_COMPARISON(op)                                              \
+  template <class T>                                                          \
+  inline Condition<T> operator op(const Vec<T>& a, const Vec<T>& b) {         \
+    Condition<T> s;                                                           \
+    for (int i = 0; i < Vec<T>::kCount; ++i) s.mask.v[i] = a.v[i] op b.v[i];  \
+    return s;                                                                 \
+  }
+BNEXT_VEC_COMPARISON(<)
+BNEXT_VEC_COMPARISON(<=)
+#undef BNEXT_VEC_COMPARISON
 template <class T>
-inline Condition<T> operator<=(const Vec<T>& a, const Vec<T>& b) {
+inline Condition<T> operator&(const Condition<T>& a, const Condition<T>& b) {
   Condition<T> s;
-  for (int i = 0; i < Vec<T>::kCount; ++i) s.mask.v[i] = a.v[i] <= b.v[i];
+  for (int i = 0; i < Vec<T>::kCount; ++i) s.mask.v[i] = a.mask.v[i] & b.mask.v[i];
   return s;
 }
 template <class T>
@@ -112,12 +123,12 @@ inline Condition<T> operator!(const Condition<T>& a) {
   return s;
 }
 
-// x in the lanes where the condition holds, zero elsewhere.
+// Lane by lane.
 template <class T>
-inline Vec<T> keep(const Condition<T>& sign, const Vec<T>& x) {
+inline Vec<T> select(const Condition<T>& condition, const Vec<T>& yes, const Vec<T>& no) {
   Vec<T> r;
   for (int i = 0; i < Vec<T>::kCount; ++i)
-    r.v[i] = sign.mask.v[i] ? x.v[i] : typename Vec<T>::native{};
+    r.v[i] = condition.mask.v[i] ? yes.v[i] : no.v[i];
   return r;
 }
 
