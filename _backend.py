@@ -1,8 +1,8 @@
-"""PEP 517 backend: setuptools' own, but it builds against the torch that is already installed.
+"""PEP 517 backend: setuptools' own, except that it builds against a torch already installed.
 
 Build isolation hides the target environment from `sys.path`, not from disk, and any torch >= 2.11
-gives the same extension (stable ABI). So torch is a build requirement only where none is found:
-`pip install .` then downloads a megabyte and not another copy of torch with its CUDA libraries.
+gives the same extension (stable ABI). So torch is a build requirement only if none is found:
+`pip install .` then downloads a megabyte, not another torch with its CUDA libraries.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Torch(NamedTuple):
 
 
 def find_torch() -> Torch | None:
-    """The first new enough torch that this interpreter's environment has, without importing it."""
+    """The first torch in this interpreter's environment that is new enough; does not import it."""
     base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
     folders = [*sys.path, sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
     folders += [*site.getsitepackages(), site.getusersitepackages()]

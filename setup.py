@@ -1,17 +1,17 @@
 """Builds the extension bnext._C: writes a build.ninja and runs ninja.
 
-torch.utils.cpp_extension cannot build CUDA code beside a CPU-only torch, and this extension uses
-nothing of torch but the stable C ABI, so the few flags that it needs are written out here.
+torch.utils.cpp_extension cannot build CUDA code beside a CPU-only torch. This extension uses only
+the stable C ABI of torch, so the few flags that it needs are written out here.
 
 Environment
-    CXX, CFLAGS, CXXFLAGS, LDFLAGS  the compiler and flags appended to its command lines
+    CXX, CFLAGS, CXXFLAGS, LDFLAGS  the compiler, and flags appended to its command lines
     MAX_JOBS                        parallel compiler processes (default: the CPUs it may use)
-    BNEXT_CUDA                      build the CUDA kernels? 0 | 1 | auto (default: if torch has CUDA
-                                    and a working nvcc is found) | gpu (auto, if a GPU is found too)
+    BNEXT_CUDA                      whether to build the CUDA kernels: 0 | 1 | auto (the default: if
+                                    torch has CUDA and nvcc works) | gpu (auto, and a GPU is found)
     CUDA_HOME                       the CUDA toolkit (default: the one of the nvcc on PATH)
     TORCH_CUDA_ARCH_LIST            e.g. "8.0;9.0+PTX" (default: this machine's GPUs, else
                                     DEFAULT_CUDA_ARCHS, and PTX for later ones)
-    NVCC_APPEND_FLAGS               nvcc's own: flags appended to its command lines
+    NVCC_APPEND_FLAGS               flags appended to nvcc's command lines
     BNEXT_SANITIZE                  sanitizers to build with, e.g. address,undefined
 """
 
@@ -47,22 +47,21 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 SANITIZE = [f"-fsanitize={s}" for s in [os.environ.get("BNEXT_SANITIZE")] if s]
 
-# csrc/cpu/*kernels.cpp are compiled once for each of these. The order matters at link time: of an
-# inline function that several objects define, the linker keeps the first one's code, which must
-# run on every machine.
+# csrc/cpu/*kernels.cpp are compiled once for each of these. The order matters: if several objects
+# define an inline function, the linker keeps the first one's code, which must run everywhere.
 CPU_ISAS = {"default": ""}
 if platform.machine() in ("x86_64", "AMD64"):
     CPU_ISAS["avx2"] = "-mavx2 -mfma -mf16c -mprfchw"
     CPU_ISAS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprfchw"
     CPU_ISAS["avx512"] += " -mprefer-vector-width=512"
     CPU_ISAS["avx512"] += " -Wno-uninitialized"  # a false alarm in the intrinsics of gcc 12
-# By default gcc leaves parts of their inner loops out of line, which cost up to 17 % (backward of
+# By default gcc leaves parts of their inner loops out of line, which costs up to 17 % (backward of
 # bfloat16, 32x512x7x7, channels last, AVX-512).
 INLINING = "--param inline-unit-growth=200 --param large-function-growth=400"
 # csrc/cuda/launch_*.cu are compiled once for each of these.
 CUDA_TYPES = ("float", "double", "bfloat16", "float16")
-# Where no GPU says otherwise: 8.6 and 8.9 run what 8.0 does, and later ones compile the PTX of 10.0
-# at first use. Each costs 140 s of compiling on one core.
+# Used if there is no GPU to ask. 8.6 and 8.9 run code for 8.0, and later ones compile the PTX of
+# 10.0 at first use. Each takes 140 s to compile on one core.
 DEFAULT_CUDA_ARCHS = ("8.0", "9.0", "10.0")
 TOOLS = (
     "Needed are gcc 11 or clang 14, or newer, and Python's headers: apt install g++ python3-dev "
@@ -72,7 +71,7 @@ TOOLS = (
 
 @dataclass(frozen=True)
 class Cuda:
-    """The CUDA toolkit of an nvcc; without `nvcc`, `missing` says why there is none."""
+    """The CUDA toolkit of an nvcc; if there is none, `missing` says why."""
 
     missing: str = ""
     nvcc: str = ""
@@ -117,8 +116,8 @@ def probe_cuda() -> Cuda:
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
     if not nvcc:
         return Cuda(f"no nvcc in {home}/bin" if home else "no nvcc on PATH, no CUDA_HOME set")
-    # nvcc may be a wrapper script or a link: it knows best where its toolkit is. Preprocessing an
-    # empty file also shows whether it accepts the host compiler.
+    # nvcc may be a script or a link, so it is asked where its toolkit is. Preprocessing an empty
+    # file also shows whether it accepts the host compiler.
     probe = run([nvcc, *host_compiler(), "-std=c++20", "-v", "-E", "-x", "cu", os.devnull])
     if probe.returncode:
         return Cuda(f"{nvcc} does not work: {complaint(probe)}")
@@ -166,7 +165,7 @@ def host_compiler() -> list[str]:
 
 
 def for_host_compiler(option: str) -> str:
-    """An option of nvcc that hands another to the compiler; nvcc would split it at a comma."""
+    """The nvcc option that passes on an option; nvcc would split an unescaped one at commas."""
     escaped = option.replace(",", "\\,")
     return f'-Xcompiler="{escaped}"'
 
@@ -189,7 +188,7 @@ def cxx() -> list[str]:
 
 
 def check_tools() -> None:
-    """Ends the build, saying what to install, where it could not succeed."""
+    """Ends a build that could not succeed and says what to install."""
     try:
         run([*cxx(), "--version"])
     except OSError as error:
@@ -216,9 +215,9 @@ def max_jobs() -> str:
 
 
 def bindings_flags(version: str, torch: Torch, cuda: Cuda) -> list[str]:
-    """For bindings.cpp alone: pybind11, and the macros from which bnext.build_info() is made.
+    """Flags of bindings.cpp: pybind11, and the macros behind bnext.build_info().
 
-    They stand before compile_flags, because torch brings an older copy of pybind11 along.
+    They come before compile_flags, because torch contains an older pybind11.
     """
     flags = include(pybind11.get_include()) + include(sysconfig.get_path("include"))
     compiler = run([*cxx(), "--version"]).stdout.partition("\n")[0]
@@ -237,8 +236,7 @@ def bindings_flags(version: str, torch: Torch, cuda: Cuda) -> list[str]:
 def compile_flags(torch: Torch, cuda: Cuda) -> list[str]:
     flags = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
     flags += ["-Werror=return-type", "-Wno-maybe-uninitialized", "-Wno-psabi", f"-I{CSRC}"]
-    # The same arithmetic in every context: backward recomputes signs of forward's results.
-    flags += ["-ffp-contract=off"]
+    flags += ["-ffp-contract=off"]  # backward must recompute the signs of forward's results
     major, minor = MINIMUM_TORCH
     flags += include(torch.path / "include")
     flags += [f"-DTORCH_TARGET_VERSION=0x{major:02x}{minor:02x}000000000000"]
@@ -247,7 +245,7 @@ def compile_flags(torch: Torch, cuda: Cuda) -> list[str]:
         for folder in cuda.include_folders:
             flags += include(folder)
     if SANITIZE:
-        # -O0: from -O1 on, gcc takes minutes for the kernels with both sanitizers, against seconds.
+        # From -O1 on, gcc takes minutes and not seconds for the kernels with both sanitizers.
         flags += [*SANITIZE, "-O0", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
     else:
         flags += ["-O3"]
@@ -266,16 +264,16 @@ def include(folder: str | Path) -> list[str]:
 
 
 def nameless(folder: str | Path) -> str:
-    """Keeps a folder of the building machine out of the binary, where __FILE__ would put it."""
+    """Keeps __FILE__ from putting a folder of the building machine into the binary."""
     return f"-ffile-prefix-map={folder}/="
 
 
 def link_flags(torch: Torch, cuda: Cuda) -> list[str]:
-    # libtorch.so is an empty library that only leads to the others: the linker would drop it, and
-    # the weak symbols that live in libtorch_cuda would stay null under a CUDA torch.
+    # libtorch.so is an empty library that only leads to others. The linker would drop it, and weak
+    # symbols from libtorch_cuda would stay null under a CUDA torch.
     flags = [f"-L{torch.path / 'lib'}", "-Wl,--push-state,--no-as-needed,-ltorch,--pop-state"]
     flags += ["-ltorch_cpu", "-Wl,-z,now", *SANITIZE]
-    if cuda.nvcc:  # the static runtime: importing needs neither a driver nor one libcudart version
+    if cuda.nvcc:  # the static runtime, so that importing needs no driver and no libcudart
         flags += [*cuda.library_flags, "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
         flags += ["-Wl,--exclude-libs,ALL"]
     return [*flags, *words("LDFLAGS")]
@@ -284,15 +282,15 @@ def link_flags(torch: Torch, cuda: Cuda) -> list[str]:
 def nvcc_flags(cuda: Cuda) -> list[str]:
     flags = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", f"-I{CSRC}"]
     flags += ["--expt-relaxed-constexpr"]  # constexpr functions of the shared headers
-    flags += ["-fmad=false"]  # as -ffp-contract=off: the kernels say where they want an fma
+    flags += ["-fmad=false"]  # like -ffp-contract=off: the kernels say where they want an fma
     flags += [for_host_compiler(nameless(f)) for f in (ROOT, *cuda.include_folders)]
     return [*flags, *host_compiler(), *cuda.arch_flags()]
 
 
 def ninja_manifest(version: str, torch: Torch, cuda: Cuda) -> str:
     """The text of build.ninja: every object, then _C.so from them."""
-    # -MD and not -MMD: another torch in the same place must rebuild too.
-    # Of several prefixes that fit, the compiler takes the last: the environment may be in ROOT.
+    # -MD, not -MMD: a different torch in the same place must cause a rebuild too. ROOT comes first
+    # because the last prefix that fits wins, and the environment may be in ROOT.
     compiler = f"{shell(cxx())} -MD -MF $out.d {shell([nameless(ROOT)])} $flags "
     compiler += shell(compile_flags(torch, cuda))
     appended = f"NVCC_APPEND_FLAGS={shell([os.environ.get('NVCC_APPEND_FLAGS', '')])}"
@@ -314,7 +312,7 @@ def ninja_manifest(version: str, torch: Torch, cuda: Cuda) -> str:
         statements.append((duration, text))
 
     bindings = shell(bindings_flags(version, torch, cuda))
-    # The plan for a GPU is there without one.
+    # The plan for a GPU is built even without CUDA.
     backends = ("*.cpp", "cpu/*.cpp", "cuda/*.cpp" if cuda.nvcc else "cuda/plan.cpp")
     for source in sorted({p for pattern in backends for p in CSRC.glob(pattern)} - {*kernels}):
         compile_file("cxx", source, flags=bindings if source.name == "bindings.cpp" else "")
@@ -326,7 +324,7 @@ def ninja_manifest(version: str, torch: Torch, cuda: Cuda) -> str:
             compile_file(
                 "cxx", source, f".{isa}", f"-DBNEXT_ISA_NAMESPACE=isa_{isa} {flags} {INLINING}"
             )
-    # ninja starts what is listed first: the longest, lest one core ends with it while others wait.
+    # ninja starts what is listed first, so the longest comes first and no core has to wait for it.
     statements.sort(key=lambda statement: statement[0], reverse=True)
     lines += [text for _, text in statements]
     return "\n".join([*lines, f"build _C.so: link {' '.join(objects)}", ""])
@@ -341,7 +339,7 @@ def escape(path: Path) -> str:
 
 
 class NinjaBuild(build_ext):
-    """Compiles in one folder per Python, whatever the kind of install: so each is incremental."""
+    """Compiles in one folder per Python, so that every kind of install is incremental."""
 
     def build_extension(self, ext: Extension) -> None:
         check_tools()
@@ -360,7 +358,7 @@ class NinjaBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         manifest = ninja_manifest(self.distribution.get_version(), torch, cuda)
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-j", jobs]
-        with open(folder / "lock", "w") as lock:  # ninja itself does not keep a second one out
+        with open(folder / "lock", "w") as lock:  # ninja does not keep a second ninja out
             fcntl.flock(lock, fcntl.LOCK_EX)
             (folder / "build.ninja").write_text(manifest)
             if subprocess.call(command):

@@ -1,4 +1,4 @@
-"""Command line: the kernel benchmark by default (`gpu` where there is one), others by name."""
+"""Command line: the kernel benchmark by default (on a GPU if there is one), others by name."""
 
 import argparse
 import sys
@@ -65,8 +65,8 @@ def main(argv: list[str]) -> int:
         has_gpu = bnext.build_info()["cuda"] and torch.cuda.is_available()
         argv = ["gpu" if has_gpu else "kernels", *argv]
     args = _parser().parse_args(argv)
-    # Of 8x8 images, a step of the small network takes 3 ms on one thread and 20 on two of two busy
-    # cores, which wait for each other.
+    # The small network's step on 8x8 images takes 3 ms on one thread, but 20 ms on two threads of
+    # two busy cores, which wait for each other.
     if args.threads or args.command in ("overhead", "claims"):
         torch.set_num_threads(args.threads or 1)
     if args.command == "train":

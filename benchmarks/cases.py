@@ -20,7 +20,7 @@ class Variant(NamedTuple):
     relu: bool
 
     def floor(self, direction: str) -> int:
-        """Activation-sized tensors that must cross the memory bus."""
+        """How many activation-sized tensors must cross the memory bus."""
         forward, backward = (3, 4) if self.residual else (2, 3)
         return {"forward": forward, "backward": backward}.get(direction, forward + backward)
 
@@ -74,13 +74,8 @@ class Case:
         generator = torch.Generator(device).manual_seed(0)
 
         def activation() -> Tensor:
-            t = torch.empty(
-                self.shape,
-                dtype=DTYPES[self.dtype],
-                device=device,
-                memory_format=self.memory_format,
-            )
-            return t.normal_(generator=generator)
+            options = {"dtype": DTYPES[self.dtype], "memory_format": self.memory_format}
+            return torch.empty(self.shape, device=device, **options).normal_(generator=generator)
 
         x = activation().requires_grad_()
         residual = activation().requires_grad_() if self.kind.residual else None
@@ -108,7 +103,7 @@ RESNET50 = (
     Shape(512, 7, 5),
     Shape(2048, 7, 4),
 )
-# Large and aligned; small with rows of 49 elements.
+# One is large and aligned, one small with rows of 49 elements.
 QUICK = (Shape(64, 56, 6), Shape(512, 7, 5))
 
 
@@ -130,7 +125,7 @@ def resnet50(
 
 
 def full() -> list[Case]:
-    """All for a GPU, the most wanted first: the time may not suffice."""
+    """All cases for a GPU, the most wanted first because time may run out."""
     others = [
         Case((125_000, 50), "float32", "nchw", "bn"),
         Case((6_000_000, 1), "float32", "nchw", "bn"),

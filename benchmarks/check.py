@@ -1,4 +1,4 @@
-"""Whether each provider is right, at its first call, on the operands that are timed later."""
+"""Checks the first call of each provider, on the operands that are timed later."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -13,14 +13,14 @@ from tests import criterion
 
 
 class Verdict(NamedTuple):
-    error: float  # the largest, relative to the largest value
-    failures: list[str]  # what is beyond the bound
+    error: float  # the largest error, relative to the largest value
+    failures: list[str]  # results beyond the bound
 
 
 def check(case: Case, subjects: Mapping[str, Subject]) -> dict[str, Verdict]:
-    """Each provider against the float64 reference.
+    """Compare each provider with the float64 reference.
 
-    The bound is the test suite's: twice torch's error, plus what `reference.bound` allows.
+    The bound is the test suite's: twice torch's error plus what `reference.bound` allows.
     """
     results = {name: _results(subject) for name, subject in subjects.items()}
     errors, failures = dict.fromkeys(subjects, 0.0), {name: list[str]() for name in subjects}
@@ -54,7 +54,7 @@ def _results(subject: Subject) -> tuple[Tensor, ...]:
 
 
 def _slices(case: Case) -> Iterator[slice]:
-    """Runs of channels whose float64 tensors fit a GPU a dozen times."""
+    """Ranges of channels so small that a dozen float64 tensors of one fit a GPU."""
     per_channel = torch.Size(case.shape).numel() // case.shape[1]
     step = max(1, 2**26 // per_channel)
     for start in range(0, case.shape[1], step):

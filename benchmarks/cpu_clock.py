@@ -42,16 +42,16 @@ def alternate(
 ) -> dict[str, Timing]:
     """Times every call once a round, `repeat` times in a row, until the budget is spent.
 
-    The order of each round is random, so that no call always follows the same one. What a call
-    returns is freed outside the timed region. At least 5 rounds, after 3 that are not counted.
+    The order of each round is random, so that no call always follows the same one. A call's result
+    is freed outside the timed region. There are at least 5 rounds, after 3 that do not count.
     """
-    results: dict[str, Timing] = {name: Timing([], []) for name in calls}
+    results = {name: Timing([], []) for name in calls}
     shuffled = random.Random(0)
     for call in [*calls.values()] * 3:
         call()
     end = time.perf_counter() + budget_s
     for done in range(most_rounds):
-        if done >= 5 and time.perf_counter() > end:
+        if done >= LEAST_ROUNDS and time.perf_counter() > end:
             break
         for name in shuffled.sample(list(calls), len(calls)):
             call, result, output = calls[name], results[name], None
@@ -66,11 +66,11 @@ def alternate(
 
 
 def keep_freed_memory() -> str | None:
-    """Stops the process from returning memory to the system; a reason where that is impossible.
+    """Stops the process from returning memory to the system, or says why that is impossible.
 
-    By default glibc gives every block over 32 MB back when it is freed, and the next output of that
-    size takes a page fault per 4 KiB, which can cost more than the batch norm. From here on freed
-    blocks stay and are reused, for every provider alike. There is no way back: call it last.
+    By default glibc returns every block over 32 MB when it is freed, and the next output of that
+    size takes a page fault per 4 KiB, which can cost more than the batch norm. After this call
+    freed blocks are kept and reused, for every provider alike. It cannot be undone: call it last.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
@@ -82,7 +82,7 @@ def keep_freed_memory() -> str | None:
 
 
 def touch(size_bytes: int) -> None:
-    """After `keep_freed_memory`: makes sure that much free memory has been written to once."""
+    """After `keep_freed_memory`: makes sure that this much free memory has been written to."""
     torch.empty(size_bytes, dtype=torch.uint8).fill_(0)
 
 
@@ -101,10 +101,8 @@ class CpuClock:
 
     def time(self, call: Call, mode: object, budget_s: float) -> Timing:
         del mode
-        seconds: list[float] = []
-        for _ in range(rounds_within(budget_s, self._once(call))):
-            seconds.append(self._once(call))  # noqa: PERF401
-        return Timing(seconds, [])
+        rounds = rounds_within(budget_s, self._once(call))
+        return Timing([self._once(call) for _ in range(rounds)], [])
 
     @staticmethod
     def _once(call: Call) -> float:

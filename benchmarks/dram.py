@@ -16,7 +16,7 @@ from benchmarks.gpu_clock import MARKER, CudaClock
 from benchmarks.providers import Subject
 
 METRICS = ("dram__bytes_read.sum", "dram__bytes_write.sum")
-# Tensors much larger than the L2: what a kernel leaves there is counted with the flush behind it.
+# Tensors much larger than the L2: what a kernel leaves there is counted with the flush after it.
 CASES = [
     Case(shape, "bfloat16", layout, variant)
     for shape in ((128, 256, 56, 56), (64, 64, 112, 112))
@@ -33,7 +33,7 @@ class Kernel(NamedTuple):
 
 
 def workload() -> int:
-    """For each entry of PLAN: marker, the call, marker, flush. To be run under ncu."""
+    """Runs marker, call, marker and flush for each entry of PLAN. To be run under ncu."""
     clock = CudaClock(torch.device("cuda"))
     with clock.stream_in_use():
         for case, direction in PLAN:
@@ -55,7 +55,7 @@ def workload() -> int:
 
 
 def kernels(lines: Iterable[str]) -> list[Kernel]:
-    """From ncu's CSV, a line per kernel and metric, in order; other lines are ncu's messages."""
+    """From ncu's CSV with a line per kernel and metric, in order; other lines are its messages."""
     found: dict[str, dict[str, str]] = {}
     for row in csv.DictReader(line for line in lines if line.startswith('"')):
         kernel = found.setdefault(row["ID"], {"name": row["Kernel Name"]})
@@ -64,7 +64,7 @@ def kernels(lines: Iterable[str]) -> list[Kernel]:
 
 
 def calls(found: Iterable[Kernel]) -> list[list[Kernel]]:
-    """The kernels of each call, then what the flush behind it wrote as one more."""
+    """The kernels of each call; what the flush after it wrote counts as one more."""
     groups: list[list[Kernel]] = []
     for kernel in found:
         if MARKER in kernel.name:

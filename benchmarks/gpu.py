@@ -18,12 +18,12 @@ from benchmarks.cpu_clock import Call, CpuClock
 from benchmarks.gpu_clock import CudaClock, Mode
 from benchmarks.providers import Subject, chosen
 
-# Shares of all time: compiling ahead, and counting launches at the end.
+# Shares of the total time: compiling ahead, and counting launches at the end.
 COMPILE_SHARE, COUNT_SHARE = 0.25, 0.15
 
 
 def _compile(case: Case, device: str) -> None:
-    """In a process of its own: leaves the code in Inductor's cache on disk."""
+    """Runs in its own process and leaves the code in Inductor's cache on disk."""
     providers.why_not_compiled(device)
     subject = Subject.of("compile", case, case.operands(torch.device(device)))
     subject.backward(subject.forward(), retain_graph=False)
@@ -31,7 +31,7 @@ def _compile(case: Case, device: str) -> None:
 
 
 def compiled_ahead(cases: list[Case], device: torch.device, seconds: float) -> set[Case]:
-    """The cases that torch.compile finished within that time, on all cores."""
+    """Compiles on all cores; returns the cases that were finished in time."""
     threads = "TORCHINDUCTOR_COMPILE_THREADS"
     before = os.environ.get(threads)
     os.environ[threads] = "1"
@@ -85,7 +85,7 @@ class Run:
                     self.costs[case, direction, name] = report.Cost(peak, None)
 
     def count(self, case: Case) -> None:
-        """Launches: after all timing, since the profiler slows down what comes after it."""
+        """Counts launches. Call it after all timing: the profiler slows down what follows it."""
         calls: dict[tuple[str, str], Call] = {}
         for name, subject in self.subjects(case).items():
             with chosen(name):
@@ -99,7 +99,7 @@ class Run:
             self.costs[case, direction, name] = known._replace(kernels=kernels)
 
     def each(self, cases: Iterable[Case], what: str, end: float, progress: Progress) -> list[Case]:
-        """Does `what` for one case after the other; returns those that it was done for."""
+        """Does `what` for one case after the other and returns the cases it did."""
         done = []
         for case in progress.track(list(cases), description=what):
             if time.perf_counter() > end:
@@ -112,7 +112,7 @@ class Run:
                 self.problems.append(f"{case}: {type(error).__name__}: {error}")
                 self.failed |= not isinstance(error, torch.OutOfMemoryError)
                 if isinstance(error, torch.AcceleratorError):
-                    break  # the process cannot use the GPU any more
+                    break  # the process can no longer use the GPU
             if self.on_gpu:
                 torch.cuda.empty_cache()
         return done
@@ -146,9 +146,8 @@ def run(
     console.print(report.facts_table(facts))
     this = Run(device, modes, budget_s)
     if not reason:
-        ahead = this.on_gpu
         budget = COMPILE_SHARE * seconds
-        this.to_compile = compiled_ahead(cases, device, budget) if ahead else set(cases)
+        this.to_compile = compiled_ahead(cases, device, budget) if this.on_gpu else set(cases)
         facts["torch.compile"] += f", {len(this.to_compile)} of {len(cases)} cases"
     this.clock.warm_up()
     with Progress(console=console, auto_refresh=False) as progress:

@@ -1,6 +1,7 @@
 """How a call is timed on a GPU: events, CUDA graphs, a flushed L2; launches and peak memory."""
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -15,8 +16,8 @@ MARKER = "spin_kernel"  # what torch.cuda._sleep launches
 
 
 class Mode(NamedTuple):
-    cold: bool  # the L2 holds nothing of the operands
-    graph: bool  # replayed from a CUDA graph: the GPU's time alone; else as Python calls it
+    cold: bool  # the L2 holds none of the operands
+    graph: bool  # replayed from a CUDA graph, which is the GPU's time alone; else called by Python
 
     def __str__(self) -> str:
         return f"{'cold' if self.cold else 'warm'} {'graph' if self.graph else 'eager'}"
@@ -26,13 +27,13 @@ MODES = {str(mode): mode for mode in (Mode(c, g) for g in (True, False) for c in
 
 
 class CudaClock:
-    """Calls and their operands belong on its stream: `with clock.stream_in_use(): ...`."""
+    """Make calls and their operands on its stream: `with clock.stream_in_use(): ...`."""
 
     def __init__(self, device: torch.device) -> None:
         torch.cuda.set_device(device.index or 0)
         l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
         self.stream = torch.cuda.Stream(device)
-        # Read, not written: what stays in the L2 is clean, so no call pays for its write-back.
+        # A flush reads four times the L2. It does not write, so no call pays for a write-back.
         self.scrap = torch.ones(4 * l2_bytes // 4, device=device)
         self.sum = torch.empty((), device=device)
         torch.cuda.synchronize()
@@ -44,7 +45,7 @@ class CudaClock:
         torch.sum(self.scrap, dim=0, out=self.sum)
 
     def warm_up(self, seconds: float = 0.5) -> None:
-        """An idle GPU's clocks are low."""
+        """Raises the GPU's clocks, which are low after idling."""
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             self.flush()
@@ -89,7 +90,7 @@ class CudaClock:
 
     @staticmethod
     def _captured(call: Call) -> torch.cuda.CUDAGraph:
-        # Not torch.cuda.graph(), which empties the caches, tens of milliseconds each time.
+        # torch.cuda.graph() would empty the caches, which takes tens of milliseconds each time.
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin()
@@ -101,7 +102,7 @@ class CudaClock:
 
     @staticmethod
     def peak_bytes(call: Call) -> int | None:
-        """The most memory that a call holds, results included."""
+        """The most memory that a call holds, including its results."""
         call()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -110,7 +111,7 @@ class CudaClock:
 
     @staticmethod
     def launches(calls: Mapping[str, Call]) -> dict[str, list[str]]:
-        """What each call launches, memsets and copies too, by name, from the profiler."""
+        """The names of what each call launches, memsets and copies too, from the profiler."""
         for call in calls.values():
             call()
         torch.cuda.synchronize()
@@ -128,14 +129,7 @@ class CudaClock:
 
 
 def parts(names: Sequence[str], marker: str) -> Iterator[list[str]]:
-    """What follows each of the names that contain the marker."""
-    part: list[str] | None = None
-    for name in names:
-        if marker in name:
-            if part is not None:
-                yield part
-            part = []
-        elif part is not None:
-            part.append(name)
-    if part is not None:
-        yield part
+    """The names that follow each name with the marker."""
+    starts = [i for i, name in enumerate(names) if marker in name]
+    for start, end in itertools.pairwise([*starts, len(names)]):
+        yield list(names[start + 1 : end])

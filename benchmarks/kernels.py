@@ -1,4 +1,4 @@
-"""ResNet-50's batch norms on the CPU: every provider is right first, then timed."""
+"""ResNet-50's batch norms on the CPU: every provider is checked first, then timed."""
 
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def measure(
     timings: report.Timings = {}
     for case in progress.track(cases, description=f"timing, {allocator} allocator"):
         if allocator == "warm":
-            cpu_clock.touch(12 * case.bytes)  # operands, retained outputs, results, and room
+            cpu_clock.touch(12 * case.bytes)  # operands, retained outputs, results and reserve
         subjects = providers.subjects(case, CPU, with_compile)
         for direction in DIRECTIONS[:2]:
             names = "copy", *subjects
@@ -47,7 +47,7 @@ def run(cases: list[Case], out: Path, budget_s: float, with_compile: bool) -> in
     facts = report.provenance()
     reason = providers.why_not_compiled() if with_compile else "--no-compile"
     facts["torch.compile"] = f"left out: {reason}" if reason else "inductor, static shapes"
-    # No refreshing thread: it would take a core from what is timed.
+    # A refreshing thread would take a core from what is timed.
     with Progress(console=console, auto_refresh=False) as progress:
         verdicts = check_all(cases, reason is None, progress)
         console.print(report.error_table(verdicts))

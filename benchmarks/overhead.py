@@ -1,4 +1,4 @@
-"""Cost per call on a tiny tensor, eager and compiled, and of a second derivative; one thread."""
+"""The cost of a call on a tiny tensor, eager and compiled, and of a second derivative."""
 
 import statistics
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""The implementations that are compared: bnext, torch.nn in three ways, and a copy as the bound."""
+"""The implementations to compare: bnext, torch.nn in three ways, and a copy as the bound."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ MOMENTUM, EPS = 0.1, 1e-5
 
 
 class NormAct(nn.Module):
-    """relu(norm(x) + residual), in place after the norm as torchvision's ResNet does it."""
+    """relu(norm(x) + residual), in place after the norm as in torchvision's ResNet."""
 
     def __init__(self, norm: nn.Module, relu: bool = True) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Subject:
 
     @classmethod
     def of(cls, provider: str, case: Case, operands: Operands) -> "Subject":
-        """Parameters are float32, as under AMP."""
+        """A provider's module in `case`; its parameters are float32, as under AMP."""
         kind, dims = case.kind, max(len(case.shape) - 2, 1)
         library = bnext if provider == "bnext" else nn
         fused = provider == "bnext" and (kind.relu or kind.residual)
@@ -61,18 +61,18 @@ class Subject:
         return self.module.norm if isinstance(self.module, NormAct) else self.module
 
     def forward(self) -> Tensor:
-        """As a training step pays it: gradients will be asked for."""
+        """A forward pass as in a training step, where gradients follow."""
         function = _compiled(self.case) if self.provider == "compile" else _apply
         return function(self.module, self.operands.x, self.operands.residual)
 
     def backward(self, output: Tensor, retain_graph: bool = True) -> tuple[Tensor, ...]:
-        """The gradients alone, through the same autograd call for every provider."""
+        """The gradients alone, by the same autograd call for every provider."""
         x, residual, grad_out = self.operands
         wanted = (x, self.norm.weight, self.norm.bias, *(() if residual is None else (residual,)))
         return torch.autograd.grad(output, wanted, grad_out, retain_graph=retain_graph)
 
     def call(self, direction: str) -> Call:
-        """What is timed."""
+        """The call to time."""
         if direction == "forward":
             return self.forward
         if direction == "backward":
@@ -87,8 +87,8 @@ def _apply(module: nn.Module, x: Tensor, residual: Tensor | None) -> Tensor:
 
 @functools.cache
 def _compiled(case: Case) -> Callable[..., Tensor]:
-    # Dynamo keeps what it compiled with the code object and tries one after the other: with a code
-    # object of its own a case does not pay for the others' guards.
+    # Dynamo keeps what it compiled with the code object and tries it in turn. With its own code
+    # object a case does not pay for the guards of others.
     code = _apply.__code__.replace(co_name=f"batch_norm {case}")
     return torch.compile(types.FunctionType(code, globals()), dynamic=False, fullgraph=True)
 
@@ -97,30 +97,29 @@ def why_not_compiled(device: str = "cpu") -> str | None:
     """Why torch.compile cannot take part, or None; also sets it up for retained graphs."""
     import torch._functorch.config as functorch_config
 
-    # Backward is timed by itself, again and again on one graph.
-    functorch_config.donated_buffer = False
+    functorch_config.donated_buffer = False  # backward is timed repeatedly on one graph
     try:
         torch.compile(lambda t: t + 1, dynamic=False)(torch.zeros(8, device=device))
-    except Exception as error:  # whatever Inductor lacks: a compiler, headers, OpenMP
+    except Exception as error:  # Inductor may lack a compiler, headers or OpenMP
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return None
 
 
 def subjects(case: Case, device: torch.device, with_compile: bool) -> dict[str, Subject]:
-    """All providers on the same operands; "eager" is torch's default, cuDNN where it chooses it."""
+    """All providers on the same operands; "eager" is torch's default, which may choose cuDNN."""
     operands = case.operands(device)
     names = ["bnext", "eager", *["aten"] * (device.type == "cuda"), *["compile"] * with_compile]
     return {name: Subject.of(name, case, operands) for name in names}
 
 
 def call(subjects: Mapping[str, Subject], provider: str, direction: str) -> Call:
-    """What is timed; the copy moves one activation into a new tensor, as the others do."""
+    """The call to time; the copy moves one activation into a new tensor, as the others do."""
     if provider == "copy":
         return subjects["bnext"].operands.x.detach().clone
     return subjects[provider].call(direction)
 
 
 def chosen(provider: str) -> contextlib.AbstractContextManager[None]:
-    """Calls of `aten` are made without cuDNN; torch looks at each forward pass."""
+    """Turns cuDNN off for calls of `aten`; torch looks at this setting in each forward pass."""
     now = torch.backends.cudnn
     return now.flags(now.enabled and provider != "aten", now.benchmark, allow_tf32=now.allow_tf32)

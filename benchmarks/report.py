@@ -1,4 +1,4 @@
-"""Tables (rich), CSV and plots; where the numbers come from goes into all of them."""
+"""Tables (rich), CSV and plots; all of them say where the numbers come from."""
 
 import csv
 import datetime
@@ -25,7 +25,7 @@ COLORS = {
     "bnext": "tab:blue", "eager": "tab:orange", "aten": "tab:red", "compile": "tab:green",
     "copy": "black",
 }  # fmt: skip
-LARGE_BYTES = 200e6  # from here on the share of the copy counts, and not the launches
+LARGE_BYTES = 200e6  # in larger tensors the share of the copy counts, not the launches
 
 
 class Key(NamedTuple):
@@ -41,7 +41,7 @@ class Cost(NamedTuple):
 
 Timings = dict[Key, dict[str, Timing]]
 Costs = dict[tuple[Case, str, str], Cost]
-Peer = Callable[[Mapping[str, Timing]], float]  # the milliseconds that bnext is compared with
+Peer = Callable[[Mapping[str, Timing]], float]  # the milliseconds to compare bnext with
 Verdicts = dict[Case, dict[str, Verdict]]
 
 
@@ -111,7 +111,7 @@ def facts_table(facts: Mapping[str, str]) -> Table:
 
 
 def numbers_table(title: str, labels: Iterable[str], numbers: Iterable[str]) -> Table:
-    """Without rows yet; narrow enough for 80 columns, which is what a log has."""
+    """A table without rows, narrow enough for the 80 columns of a log."""
     table = Table(title=title, box=SIMPLE, padding=0, pad_edge=False)
     for label in labels:
         table.add_column(label, no_wrap=True)
@@ -121,7 +121,7 @@ def numbers_table(title: str, labels: Iterable[str], numbers: Iterable[str]) -> 
 
 
 def error_table(verdicts: Verdicts) -> Table:
-    """The worst over the shapes."""
+    """The worst error over the shapes."""
     names = list(next(iter(verdicts.values())))
     title = "largest error against float64, relative to the largest value"
     table = numbers_table(title, ["case"], names)
@@ -136,12 +136,12 @@ def error_table(verdicts: Verdicts) -> Table:
 
 
 def ceiling_ms(key: Key, timings: Mapping[str, Timing]) -> float:
-    """The time of copying the floor's bytes; a copy moves two tensors."""
+    """The time to copy the floor's bytes; a copy moves two tensors."""
     return timings["copy"].ms * key.case.kind.floor(key.direction) / 2
 
 
 def useful_gb_per_s(key: Key, timings: Mapping[str, Timing], provider: str) -> float:
-    """Only the floor's bytes count: moving more than the floor is not rewarded."""
+    """Bandwidth that counts only the floor's bytes: moving more is not rewarded."""
     tensors = 2 if provider == "copy" else key.case.kind.floor(key.direction)
     return key.case.bytes * tensors / timings[provider].ms / 1e6
 
@@ -159,7 +159,7 @@ def speedups(group: Timings, peer: Peer) -> list[float]:
 
 
 def network_speedup(group: Timings, peer: Peer) -> float | None:
-    """The ratio of what all of ResNet-50's layers take, or None for other shapes."""
+    """The ratio of the times of all ResNet-50 layers, or None for other shapes."""
     layers = [(key.case.layers, p) for key, p in group.items() if key.case.layers]
     ours = sum(n * p["bnext"].ms for n, p in layers)
     return sum(n * peer(p) for n, p in layers) / ours if layers else None
@@ -177,7 +177,7 @@ def _mean_and_worst(ratios: list[float], worst: Callable[[list[float]], float] =
 
 
 def cpu_tables(timings: Timings) -> Iterable[Table]:
-    """Per direction, allocator, dtype and layout the shapes; then all of them in one table."""
+    """A table of shapes per direction, allocator, dtype and layout; then one table of all."""
     others = [name for name in next(iter(timings.values())) if name not in ("bnext", "copy")]
     summary = numbers_table(
         "speed of bnext against the others, its time in copies: geometric mean (worst)",
@@ -212,7 +212,7 @@ def cpu_tables(timings: Timings) -> Iterable[Table]:
 
 
 def gpu_tables(timings: Timings) -> Iterable[Table]:
-    """Per mode: geometric means over the shapes, and the worst shape."""
+    """A table per mode: geometric means over the shapes, and the worst shape."""
     for mode, some in grouped(timings, lambda key: key.setting).items():
         table = numbers_table(
             f"{mode}: bnext's speed, geometric mean over the shapes (worst)",
@@ -291,7 +291,7 @@ def gpu_rows(timings: Timings, costs: Costs) -> Iterable[dict[str, Any]]:
 
 
 def write_csv(path: Path, facts: Mapping[str, str], rows: Iterable[dict[str, Any]]) -> None:
-    """Facts as `# name: value` lines first (pandas: comment="#")."""
+    """Writes facts as `# name: value` lines first (pandas: comment="#")."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = list(rows)
     with path.open("w", newline="") as file:
@@ -302,7 +302,7 @@ def write_csv(path: Path, facts: Mapping[str, str], rows: Iterable[dict[str, Any
 
 
 def plot_bandwidth(path: Path, timings: Timings, title: str, facts: Mapping[str, str]) -> None:
-    """Bars of useful bandwidth by shape, the copy as a step; a column per dtype and layout."""
+    """Bars of useful bandwidth by shape, the copy as steps; a column per dtype and layout."""
     groups = grouped(timings, lambda key: (key.direction, key.case.dtype, key.case.layout))
     columns = list(dict.fromkeys(group[1:] for group in groups))
     figure = Figure(figsize=(4.2 * max(2, len(columns)) + 1, 8), layout="constrained")
@@ -337,7 +337,7 @@ def _bars(axis: Any, group: Timings) -> None:
 
 
 def plot_largest(path: Path, timings: Timings, facts: Mapping[str, str]) -> None:
-    """The bandwidth of ResNet-50's shapes, at their largest batch, as the first case is called."""
+    """ResNet-50's shapes at their largest batch, with the first case's dtype, variant and mode."""
     first = next(iter(timings))
     some = {
         key: p for key, p in timings.items()
@@ -351,7 +351,7 @@ def plot_largest(path: Path, timings: Timings, facts: Mapping[str, str]) -> None
 
 
 def plot_speedup(path: Path, timings: Timings, facts: Mapping[str, str]) -> None:
-    """Forward and backward together, by dtype, layout and batch: geometric mean, worst and best."""
+    """Forward plus backward, by dtype, layout and batch: geometric mean, worst and best."""
     some = {k: p for k, p in timings.items() if k.case.layers and k.direction == "both"}
     figure = Figure(figsize=(13, 8), layout="constrained")
     modes = list(dict.fromkeys(key.setting for key in some))

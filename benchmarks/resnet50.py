@@ -59,11 +59,11 @@ NORMS = ("nn.BatchNorm2d", "bnext.convert", "BatchNormAct2d")
 
 
 def model(norm: str) -> nn.Module:
-    """The same initial parameters for all."""
+    """A ResNet-50 with the same initial parameters for every norm."""
     torch.manual_seed(0)
     if norm == "nn.BatchNorm2d":
         return ResNet50(_torchs)
-    # Converted too where BatchNormAct2d is: the shortcuts' norms have no activation.
+    # Also converts the shortcuts' norms, which have no activation, beside BatchNormAct2d.
     return bnext.convert(ResNet50(_torchs if norm == "bnext.convert" else bnext.BatchNormAct2d))
 
 
@@ -77,7 +77,7 @@ class Settings(NamedTuple):
 class Precision(NamedTuple):
     autocast: torch.dtype | None
     memory_format: torch.memory_format
-    tolerance: float  # of the first loss: the same network, its roundings elsewhere
+    tolerance: float  # of the first loss: the networks differ only by roundings
 
 
 PRECISIONS = {

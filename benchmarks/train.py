@@ -18,8 +18,8 @@ import bnext
 from benchmarks import report
 
 BATCH = 64
-# Both networks do the same arithmetic in another order; the first losses differ by roundings only,
-# later ones by what training makes of them.
+# Both networks do the same arithmetic in different orders. The first losses differ only by
+# roundings, which training then amplifies.
 FIRST_STEPS, TOLERANCE = 3, 1e-4
 
 
@@ -50,7 +50,7 @@ def resnet() -> nn.Sequential:
 
 def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training images [1437, 1, 8, 8] and labels, then the 360 held out, stratified."""
-    # Here, so that the other benchmarks do without scikit-learn.
+    # Imported here, because the other benchmarks do not need scikit-learn.
     from sklearn.datasets import load_digits  # type: ignore[import-untyped]
     from sklearn.model_selection import train_test_split  # type: ignore[import-untyped]
 
@@ -114,7 +114,7 @@ def run(out: Path, epochs: int) -> int:
         for epoch in progress.track(range(epochs), description="training"):
             order = torch.split(torch.randperm(len(labels)), BATCH)
             batches = [(images[i], labels[i]) for i in order]
-            # They take turns at going first, so that neither always follows a pause.
+            # They take turns to go first, so that neither always follows a pause.
             for each in list(runs.values())[:: 1 if epoch % 2 else -1]:
                 each.epoch(batches)
                 each.test(test_images, test_labels)

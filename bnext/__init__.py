@@ -28,31 +28,15 @@ _LAZY_MODULES = ("introspect", "verify")
 _LAZY = ("Explanation", "build_info", "explain", *_LAZY_MODULES)
 
 __all__ = [
-    "BatchNorm1d",
-    "BatchNorm2d",
-    "BatchNorm3d",
-    "BatchNormAct1d",
-    "BatchNormAct2d",
-    "BatchNormAct3d",
-    "LazyBatchNorm1d",
-    "LazyBatchNorm2d",
-    "LazyBatchNorm3d",
-    "SyncBatchNorm",
-    "ConversionReport",
-    "Explanation",
-    "build_info",
-    "conversion_report",
-    "convert",
-    "explain",
-    "functional",
-    "introspect",
-    "revert",
-    "verify",
-]
+    "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormAct1d", "BatchNormAct2d",
+    "BatchNormAct3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d", "SyncBatchNorm",
+    "ConversionReport", "Explanation", "build_info", "conversion_report", "convert", "explain",
+    "functional", "introspect", "revert", "verify",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: `python -m bnext.introspect` would find itself imported already.
+    # Imported on demand, or `python -m bnext.introspect` would find itself imported already.
     if name in _LAZY_MODULES:
         return importlib.import_module(f"bnext.{name}")
     if name in _LAZY:

@@ -1,4 +1,4 @@
-"""The activations: what the kernels know of each, and each from torch's operations."""
+"""The activations: what the kernels know of each, and how torch's operations compute it."""
 
 from typing import NamedTuple
 
@@ -8,24 +8,27 @@ from torch import Tensor
 
 from bnext._extension import _C
 
-__all__ = ["ACTIVATIONS", "Activation", "activate", "check_activation", "parameter"]
+__all__ = [
+    "ACTIVATIONS", "BY_KIND", "Activation", "activate", "check_activation", "parameter", "through",
+]  # fmt: skip
 
 
 class Activation(NamedTuple):
     """A row of csrc/activation.h."""
 
     kind: int
-    needs: str  # of z = bn(x) + residual in backward: "nothing", "sign" or "sum"
-    devices: frozenset[str]  # whose kernels take it; elsewhere `activate` follows them
+    needs: str  # what backward needs of z = bn(x) + residual: "nothing", "sign" or "sum"
+    devices: frozenset[str]  # whose kernels take it; on others `activate` follows the kernel
 
 
-# None is no activation.
 ACTIVATIONS: dict[str | None, Activation] = {
     None if name == "none" else name: Activation(
         kind, needs, frozenset(devices | {"meta"} if "cpu" in devices else devices)
     )
     for name, (kind, needs, devices) in _C.activations().items()
 }
+
+BY_KIND = {a.kind: (name, a) for name, a in ACTIVATIONS.items()}
 
 
 def activate(z: Tensor, act: str | None, act_param: float) -> Tensor:
@@ -50,11 +53,38 @@ def activate(z: Tensor, act: str | None, act_param: float) -> Tensor:
         return F.elu(z, act_param)
     if act == "tanh":
         return torch.tanh(z)
-    return torch.sigmoid(z)
+    if act == "sigmoid":
+        return torch.sigmoid(z)
+    raise ValueError(f"act: there is no activation named {act}")  # a script checks nothing before
+
+
+def through(dy: Tensor, z: Tensor, act: str | None, act_param: float) -> Tensor:
+    """dy f'(z), from operations that have derivatives."""
+    aten = torch.ops.aten
+    out: Tensor
+    if act == "relu":
+        out = aten.threshold_backward(dy, z, 0)
+    elif act == "relu6":
+        out = aten.hardtanh_backward(dy, z, 0, 6)
+    elif act == "leaky_relu":
+        out = aten.leaky_relu_backward(dy, z, act_param, False)
+    elif act == "silu":
+        out = aten.silu_backward(dy, z)
+    elif act == "hardswish":
+        out = aten.hardswish_backward(dy, z)
+    elif act in ("gelu", "gelu_tanh"):
+        out = aten.gelu_backward(dy, z, approximate="tanh" if act == "gelu_tanh" else "none")
+    elif act == "elu":
+        out = aten.elu_backward(dy, act_param, 1, 1, False, z)
+    elif act == "tanh":
+        out = aten.tanh_backward(dy, z.tanh())
+    else:
+        out = aten.sigmoid_backward(dy, z.sigmoid())
+    return out
 
 
 def parameter(act: str | None, act_param: float | None) -> float:
-    """The number an activation works with: the one given, else torch.nn's default."""
+    """The given parameter of an activation, else torch.nn's default."""
     if act is None:
         return 0.0
     if act_param is not None:
@@ -65,9 +95,17 @@ def parameter(act: str | None, act_param: float | None) -> float:
 
 
 def check_activation(act: str | None, act_param: float | None) -> None:
-    """Raise where there is no such activation."""
-    if act not in ACTIVATIONS:
+    """Raise if there is no such activation."""
+    try:
+        known = act in ACTIVATIONS
+    except TypeError:  # it has no hash
+        known = False
+    if not known:
         names = ", ".join(repr(name) for name in ACTIVATIONS if name is not None)
         raise ValueError(f"act must be one of {names} or None, but got {act!r}")
-    if act_param is not None and act not in ("leaky_relu", "elu"):
+    if act_param is None:
+        return
+    if act not in ("leaky_relu", "elu"):
         raise ValueError(f"act_param must be None where act is {act!r}, but got {act_param!r}")
+    if not isinstance(act_param, float | int):
+        raise TypeError(f"act_param must be a float or None, but got {act_param!r}")

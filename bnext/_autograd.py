@@ -1,8 +1,8 @@
-"""The gradients of batch normalisation: what forward saves, and what backward makes of it.
+"""The gradients of batch normalisation: what forward saves, and how backward uses it.
 
-Two autograd functions share one backward: `BatchNormFunction` is what eager calls, at the least
-cost; `_TracedFunction` has the form that Dynamo and functorch ask for. Where the gradient is to be
-differentiated again, `_GradientFunction` runs that backward, and has one of its own.
+Two autograd functions share one backward: `BatchNormFunction`, which costs eager the least, and
+`_TracedFunction`, whose form Dynamo and functorch need. If the gradient is to be differentiated
+again, `_GradientFunction` runs that backward and has a backward of its own.
 """
 
 from collections.abc import Callable
@@ -11,24 +11,22 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from bnext._activation import ACTIVATIONS
+from bnext._activation import ACTIVATIONS, BY_KIND, through
 from bnext._ops import DOUBLE_BACKWARD_DEVICES, EAGER, TRACED
 
 __all__ = ["BatchNormFunction", "apply", "traced_apply"]
 
 _Grads: TypeAlias = tuple[Tensor | None, ...]
-# One lookup less a call each.
+# Each saves a lookup per call.
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 is_grad_enabled = torch.is_grad_enabled
 is_inference: Callable[[Tensor], bool] = Tensor.is_inference
-
-
-# What a plain batch norm in training leaves out: running statistics, bias, residual, mask.
+# Not saved by a plain batch norm in training: running statistics, bias, residual, mask.
 _NO_OPERANDS = (None, None, None, None, None)
 
 
 def _backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
-    """Gradients by the formulas of the paper's section 3, in one op."""
+    """Gradients by the formulas of section 3 of the paper, in one op."""
     if grad_out is None:
         return None, None, None, None, None
     need_input, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
@@ -52,7 +50,7 @@ def _backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
 
 
 def refuse_gradients_of_statistics(running_mean: Tensor | None, running_var: Tensor | None) -> None:
-    """Raise torch's error where a running statistic asks for a gradient."""
+    """Raise torch's error if a running statistic requires a gradient."""
     for name, tensor in (("running_mean", running_mean), ("running_var", running_var)):
         if tensor is not None and tensor.requires_grad:
             raise RuntimeError(
@@ -66,13 +64,13 @@ def _refuse_inference_tensors(counter: Tensor | None, *saved: Tensor | None) -> 
     if counter is not None:
         counter.add_(0)
     with torch.enable_grad():
-        for tensor in saved:  # running statistics too: torch saves them
+        for tensor in saved:  # includes running statistics, because torch saves them
             if tensor is not None:
                 torch.ones((), device=tensor.device, requires_grad=True) * tensor
 
 
 def _saved_bias(weight: Tensor | None, bias: Tensor | None, needs_z: bool) -> Tensor | None:
-    """The bias where backward reads it: for z, or for its shape where that is not the weight's."""
+    """The bias if backward reads it: for z, or for its shape if that is not the weight's."""
     if needs_z or weight is None or bias is None or weight.dim() + bias.dim() != 2:
         return bias
     return None
@@ -82,8 +80,8 @@ class BatchNormFunction(torch.autograd.Function):
     """Batch normalisation with gradients for (input, weight, bias, residual), as eager calls it.
 
     ``rest`` is (running_mean, running_var, num_batches_tracked, training, momentum, eps, act,
-    act_param): the fewer arguments, the cheaper the call, and ``forward`` taking the context costs
-    a third of the form with `setup_context`.
+    act_param). Fewer arguments make a call cheaper, and a ``forward`` that takes the context costs
+    a third of one with `setup_context`.
     """
 
     @staticmethod
@@ -95,15 +93,14 @@ class BatchNormFunction(torch.autograd.Function):
         residual: Tensor | None,
         rest: tuple[Any, ...],
     ) -> Tensor:
-        """Run the op and save for backward."""
         output: Tensor
         running_mean, running_var, num_batches_tracked, training, momentum, eps, act, param = rest
         if (running_mean is not None and running_mean.requires_grad) or (
             running_var is not None and running_var.requires_grad
         ):
             refuse_gradients_of_statistics(running_mean, running_var)
-        # Nothing is saved that backward does without, since all of it may change before: not the
-        # output, nor in training the running statistics.
+        # A saved tensor must not change before backward. So only what backward needs is saved: not
+        # the output, nor in training the running statistics.
         kind, needs, _ = ACTIVATIONS[act]
         saves_mask = needs == "sign" and residual is not None
         saved_bias = _saved_bias(weight, bias, kind != 0 and not saves_mask)
@@ -145,14 +142,14 @@ class BatchNormFunction(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-# The engine calls this with what `backward` takes; the one inherited looks `backward` up: 0.4 us.
+# The engine calls this with `backward`'s arguments. The inherited one takes 0.4 us to look it up.
 BatchNormFunction._backward_cls.apply = _backward  # type: ignore[attr-defined]
-# Function.apply itself only looks for functorch: 3 of 12 us, and callers of this have looked.
+# Function.apply takes 3 of 12 us to look for functorch, which the callers of this have done.
 apply: Callable[..., Tensor] = super(torch.autograd.Function, BatchNormFunction).apply
 
 
 class _TracedFunction(torch.autograd.Function):
-    """`BatchNormFunction` in the form that Dynamo and functorch ask for."""
+    """`BatchNormFunction` in the form that Dynamo and functorch need."""
 
     @staticmethod
     def forward(
@@ -182,7 +179,6 @@ class _TracedFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-        """Save for backward."""
         input, weight, bias, residual, running_mean, running_var, _, training, *rest = inputs
         _, eps, act, act_param = rest
         _, save_stats, mask = output
@@ -201,7 +197,6 @@ class _TracedFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> _Grads:
-        """Those of `BatchNormFunction`."""
         return *_backward(ctx, grad_out), None, None, None, None, None, None, None
 
 
@@ -214,14 +209,15 @@ def traced_apply(*args: Any) -> Tensor:
         residual = tensors.pop(3)
         added = residual, ACTIVATIONS[act].kind, act_param
         output = TRACED.train(*tensors, momentum, eps, *added)[0]
-    else:  # a transform may want a gradient at another level than the one that shows
+    else:  # a transform may want a gradient at a level other than the visible one
         output = _TracedFunction.apply(*args)[0]
     return output
 
 
 def _differentiable_backward(grad_out: Tensor, *args: Any) -> _Grads:
-    """The backward op in a form that can be differentiated; its arguments."""
-    fused = grad_out.device.type in DOUBLE_BACKWARD_DEVICES
+    """The backward op in a form that can be differentiated; takes the op's arguments."""
+    curved = BY_KIND[args[9]][1].needs == "sum"
+    fused = grad_out.device.type in DOUBLE_BACKWARD_DEVICES and not curved
     if fused and not torch._C._are_functorch_transforms_active():
         grads: _Grads = _GradientFunction.apply(grad_out, *args)
         return grads
@@ -229,11 +225,10 @@ def _differentiable_backward(grad_out: Tensor, *args: Any) -> _Grads:
 
 
 class _GradientFunction(torch.autograd.Function):
-    """The backward op, and its own gradients for (grad_out, input, weight) in one op."""
+    """The backward op, whose own gradients for (grad_out, input, weight) are one op too."""
 
     @staticmethod
     def forward(ctx: Any, *args: Any) -> _Grads:
-        """Run the backward op, whose arguments these are, and save what it was given."""
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*args[:4], *args[5:10])
         ctx.numbers = args[4], *args[10:]
@@ -242,7 +237,6 @@ class _GradientFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_grads: Tensor | None) -> _Grads:
-        """Gradients by the formulas of csrc/formulas.h."""
         grad_out, input, weight, save_stats, *operands = ctx.saved_tensors
         need_grad_out, need_input, need_weight, *others = ctx.needs_input_grad
         nothing = (None,) * len(others)
@@ -252,7 +246,7 @@ class _GradientFunction(torch.autograd.Function):
         grad_grad_input, grad_grad_weight, grad_grad_bias, grad_grad_residual = grad_grads
         if grad_grad_input is None:
             grad_grad_input = torch.zeros_like(input)
-        # With frozen statistics the gradient for the input does not depend on the input.
+        # With frozen statistics dx does not depend on the input.
         need_input = need_input and (save_stats is not None or grad_grad_weight is not None)
         grads = EAGER.double_backward(
             grad_grad_input, grad_grad_weight, grad_grad_bias, grad_grad_residual,
@@ -264,23 +258,20 @@ class _GradientFunction(torch.autograd.Function):
 
 def _third_derivative(ctx: Any, grad_grads: tuple[Tensor | None, ...]) -> _Grads:
     """What `_GradientFunction.backward` returns, from operations that have derivatives."""
-    # The gradient wanted is a partial one: through aliases, or it would count what grad_out, a
-    # function of the output, owes to input and weight as well.
+    # A partial gradient is wanted. Without aliases it would include the dependence of grad_out, a
+    # function of the output, on input and weight.
     saved: list[Any] = list(ctx.saved_tensors)
     saved[:3] = (None if t is None else t.view_as(t) for t in saved[:3])
     eps, *rest = ctx.numbers
     args = (*saved[:4], eps, *saved[4:], *rest)
     grads = _composed_backward(*args)
     needs = ctx.needs_input_grad[:3]
-    by = {
-        g: gg for g, gg in zip(grads, grad_grads, strict=True) if g is not None and gg is not None
-    }
-    found = iter(
-        torch.autograd.grad(
-            tuple(by), [t for t, need in zip(saved, needs, strict=False) if need],
-            tuple(by.values()), create_graph=True, allow_unused=True,
-        )
-    )  # fmt: skip
+    pairs = zip(grads, grad_grads, strict=True)
+    by = {g: gg for g, gg in pairs if g is not None and gg is not None}
+    wanted = [t for t, need in zip(saved, needs, strict=False) if need]
+    found = iter(torch.autograd.grad(
+        tuple(by), wanted, tuple(by.values()), create_graph=True, allow_unused=True
+    ))  # fmt: skip
     return tuple(next(found) if need else None for need in needs)
 
 
@@ -302,7 +293,7 @@ def _composed_backward(
     need_bias: bool,
     need_residual: bool,
 ) -> _Grads:
-    """The backward op from operations that have derivatives of their own, to any order."""
+    """The backward op from operations that can be differentiated any number of times."""
     dims = [0, *range(2, input.dim())]
     acc_t = torch.float32 if input.dtype in (torch.bfloat16, torch.float16) else input.dtype
 
@@ -316,17 +307,18 @@ def _composed_backward(
         var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
     invstd = torch.rsqrt(var + eps)
     normalized = (x - mean) * invstd
-    if act:
-        with torch.no_grad():
-            if mask is None:
-                output = normalized if weight is None else normalized * per_channel(weight)
-                blocked = (output if bias is None else output + per_channel(bias)) <= 0
-            else:  # unpacked by the op: where a residual's gradient of ones gets through
-                blocked = TRACED.backward(
-                    torch.ones_like(input), input, weight, save_stats, eps, running_mean,
-                    running_var, bias, None, mask, act, act_param, False, False, False, True,
-                )[3] == 0  # fmt: skip
-        dy = dy.masked_fill(blocked, 0.0)
+    if mask is not None:
+        with torch.no_grad():  # the op unpacks it: f' is what it makes of a gradient of ones
+            slope = TRACED.backward(
+                torch.ones_like(input), input, weight, save_stats, eps, running_mean,
+                running_var, bias, None, mask, act, act_param, False, False, False, True,
+            )[3]  # fmt: skip
+        dy = (dy * slope).masked_fill(slope == 0, 0.0)
+    elif act:
+        z = normalized if weight is None else normalized * per_channel(weight)
+        z = z if bias is None else z + per_channel(bias)
+        z = z if residual is None else z + residual.to(acc_t)
+        dy = through(dy, z, BY_KIND[act][0], act_param)
     grad_input = grad_weight = grad_bias = None
     if need_input:
         grad_input = dy

@@ -1,8 +1,7 @@
 """One call of a batch norm: from its arguments to an op.
 
-An ordinary eager call goes straight there (through `BatchNormFunction` where a gradient is wanted).
-One that a tracer, a transform or a tensor subclass watches takes a detour, and what the op refuses
-is asked of torch.
+An ordinary eager call goes straight to it (through `BatchNormFunction` if a gradient is wanted).
+A tracer, a transform or a tensor subclass leads to a detour. Torch gets what the op refuses.
 """
 
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from bnext._detours import (
 from bnext._ops import _C, DEVICES, EAGER
 
 train, inference = EAGER.train, EAGER.inference
-# Looked up once: on a small tensor the call is the cost, and each dot is 10 ns of it.
+# Looked up once: on a small tensor calling is the cost, and each dot takes 10 ns.
 is_scripting: Callable[[], bool] = torch.jit.is_scripting
 is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 is_grad_enabled = torch.is_grad_enabled
@@ -52,8 +51,7 @@ def normalize(
     act: str | None,
     act_param: float,
 ) -> Tensor:
-    """What every function and module of bnext calls; the arguments of `BatchNormFunction`."""
-    # Every instruction from here to the op counts: on small tensors the call is the cost.
+    """Normalise, add the residual and activate: what every function and module of bnext calls."""
     if (
         type(input) is not Tensor
         or has_torch_function_variadic(weight, bias, residual, running_mean, running_var)
@@ -85,8 +83,12 @@ def normalize(
         check_values(input, running_mean, running_var, training, momentum, eps)
     added: tuple[Any, ...] = ()
     if act is not None or residual is not None:
+        if residual is not None and not isinstance(residual, Tensor):
+            name = type(residual).__name__
+            raise TypeError(f"residual: expected a tensor or None, got {name}")
         kind, _, devices = ACTIVATIONS[act]
-        if kind and input.device.type not in devices:
+        # One that is not strided goes to the op, which refuses it, and on to ATen, all or nothing.
+        if kind and input.device.type not in devices and input.layout is torch.strided:
             plain = normalize(
                 input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
                 training, momentum, eps, None, 0.0,
@@ -131,7 +133,7 @@ def normalize(
 def _after_refusal(error: RuntimeError, *args: Any) -> Tensor:
     """Run what the op refused but torch takes, and raise `error` for the rest.
 
-    The arguments decide, not the error: one that was raised after the op must not run it again.
+    The arguments decide, not the error: an error raised after the op must not run it again.
     """
     tensors, num_batches_tracked, training, momentum, *rest = args[:6], *args[6:]
     input, *_, running_mean, running_var = tensors
@@ -149,7 +151,7 @@ def _after_refusal(error: RuntimeError, *args: Any) -> Tensor:
         with undone_on_error(running_mean, running_var, num_batches_tracked):
             return compose(*args)
     if input.dtype not in _DTYPES:
-        raise NotImplementedError(str(error)) from error  # torch's type for a dtype
+        raise NotImplementedError(str(error)) from error  # as torch does for a dtype
     raise error
 
 

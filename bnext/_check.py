@@ -1,10 +1,10 @@
 """The twin of csrc/check.h for tensors without memory: same verdicts, same messages.
 
-Sizes may be symbols. A comparison that an op needs goes through `torch._check`, which defers it
-where a size is not known; one that only chooses a memory format takes the answer that needs no
-guard.
+Sizes may be symbols. What an op requires goes through `torch._check`, which defers it if a size is
+unknown. A comparison that only chooses a memory format takes the answer that needs no guard.
 """
 
+import math
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -26,12 +26,11 @@ class Input(NamedTuple):
 
 
 def fail(message: str) -> NoReturn:
-    """Raise what the C++ raises."""
     raise RuntimeError(f"bnext: {message}")
 
 
 def require(condition: Any, message: str) -> None:
-    """A condition on sizes; a symbolic one that is not known yet is checked when the graph runs."""
+    """Check a condition on sizes now, or when the graph runs if it is not known yet."""
     torch._check(condition, lambda: f"bnext: {message}")
 
 
@@ -41,7 +40,7 @@ def type_name(tensor: Tensor) -> str:
 
 
 def _known(condition: Any) -> bool:
-    """Whether a condition on sizes holds; not where that cannot be known."""
+    """Whether a condition on sizes is known to hold."""
     if isinstance(condition, bool):
         return condition
     from torch.fx.experimental.symbolic_shapes import guard_or_false  # it loads sympy
@@ -50,19 +49,12 @@ def _known(condition: Any) -> bool:
 
 
 def _always(condition: Any) -> bool:
-    """Whether a condition on sizes holds for all that they can be."""
+    """Whether a condition on sizes holds for all possible sizes."""
     if isinstance(condition, bool):
         return condition
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(condition)
-
-
-def _numel(sizes: Any) -> Any:
-    numel = 1
-    for size in sizes:
-        numel = numel * size
-    return numel
 
 
 def dense_strides(sizes: Any, channels_last: bool = False) -> list[Any]:
@@ -78,7 +70,6 @@ def dense_strides(sizes: Any, channels_last: bool = False) -> list[Any]:
 
 
 def is_dense(tensor: Tensor, channels_last: bool = False) -> bool:
-    """Whether a tensor's memory is dense in the format."""
     expected = dense_strides(tensor.shape, channels_last)
     return all(
         _known(stride == dense) or _known(size == 1)
@@ -92,15 +83,10 @@ def _is_channels_last(tensor: Tensor) -> bool:
     return is_dense(tensor, True) or suggest_memory_format(tensor) is not torch.contiguous_format
 
 
-def check_given(name: str, tensor: Tensor | None) -> None:
-    """An argument of type Tensor: the schema lets None through."""
-    if tensor is None:
-        fail(f"{name}: expected a tensor, got None")
-
-
 def check_act(act: int, input: Tensor) -> str:
-    """A kind of activation, of those that the kernels take: what backward needs of it."""
-    check_given("input", input)
+    """What backward needs of a kind of activation, which must be one that the kernels take."""
+    if input is None:
+        fail("input: expected a tensor, got None")
     taken = {a.kind: (name or "none", a.needs) for name, a in ACTIVATIONS.items()
              if input.device.type in a.devices}  # fmt: skip
     if act not in taken:
@@ -110,8 +96,6 @@ def check_act(act: int, input: Tensor) -> str:
 
 
 def check_input(input: Tensor) -> Input:
-    """The input, described."""
-    check_given("input", input)
     sizes = input.shape
     if len(sizes) < 2 and not (len(sizes) == 1 and _known(sizes[0] == 0)):
         fail(f"input: expected at least 2 dimensions [N, C, ...], got {list(sizes)}")
@@ -120,14 +104,14 @@ def check_input(input: Tensor) -> Input:
             f"\"batch_norm\" not implemented for '{type_name(input)}' "
             "(input: expected float32, float64, bfloat16 or float16)"
         )
-    n, c, hw = sizes[0], sizes[1] if len(sizes) > 1 else 0, _numel(sizes[2:])
+    n, c, hw = sizes[0], sizes[1] if len(sizes) > 1 else 0, math.prod(sizes[2:])
     return Input(input, c, _known(n * c * hw == 0), _is_channels_last(input))
 
 
 def mask_shape(x: Input, channels_last: bool) -> tuple[Any, Any]:
-    """One bit per element, rows of memory padded to whole bytes."""
+    """The shape of one bit per element, with rows of memory padded to whole bytes."""
     sizes = x.tensor.shape
-    n, c, hw = sizes[0], x.channels, _numel(sizes[2:])
+    n, c, hw = sizes[0], x.channels, math.prod(sizes[2:])
     if _known(c == 1):
         rows, width = 1, n * hw
     elif channels_last or _known(hw == 1):
@@ -138,7 +122,7 @@ def mask_shape(x: Input, channels_last: bool) -> tuple[Any, Any]:
 
 
 def check_device(name: str, tensor: Tensor, x: Input) -> None:
-    """One device for all: a meta tensor among others is enough to end up here."""
+    """A meta tensor among others is enough to end up here."""
     expected, device = x.tensor.device, tensor.device
     if device != expected:
         fail(
@@ -148,10 +132,11 @@ def check_device(name: str, tensor: Tensor, x: Input) -> None:
         )
 
 
-def check_like_input(name: str, tensor: Tensor | None, x: Input) -> None:
-    """A tensor with input's shape and dtype."""
-    check_given(name, tensor)
-    assert tensor is not None
+def check_like_input(name: str, tensor: Tensor | None, x: Input, *, optional: bool = False) -> None:
+    if tensor is None:
+        if not optional:
+            fail(f"{name}: expected a tensor, got None")
+        return
     check_device(name, tensor, x)
     if tensor.dtype != x.tensor.dtype:
         fail(f"{name}: expected scalar type {type_name(x.tensor)} but found {type_name(tensor)}")
@@ -179,7 +164,7 @@ def _check_per_channel(name: str, tensor: Tensor, x: Input) -> None:
     check_device(name, tensor, x)
     if x.empty:
         return
-    numel = _numel(tensor.shape)
+    numel = math.prod(tensor.shape)
     require(
         numel == x.channels,
         f"{name} should contain {x.channels} elements not {numel} (one per channel of input "
@@ -196,7 +181,6 @@ def _check_per_channel(name: str, tensor: Tensor, x: Input) -> None:
 
 
 def check_param(name: str, tensor: Tensor | None, x: Input) -> None:
-    """Weight, bias, or a gradient of theirs: any shape whose values lie at one stride."""
     if tensor is None:
         return
     _check_per_channel(name, tensor, x)
@@ -208,7 +192,6 @@ def check_param(name: str, tensor: Tensor | None, x: Input) -> None:
 
 
 def check_statistic(name: str, tensor: Tensor | None, x: Input, *, evaluates: bool = False) -> None:
-    """A running statistic, or None where the batch's own are used."""
     if tensor is None:
         if evaluates and not x.empty:
             fail(f"{name} must be defined in evaluation mode")
@@ -222,7 +205,6 @@ def check_statistic(name: str, tensor: Tensor | None, x: Input, *, evaluates: bo
 
 
 def check_counter(tensor: Tensor | None, x: Input) -> None:
-    """The count of batches."""
     if tensor is None:
         return
     check_device("num_batches_tracked", tensor, x)
@@ -231,7 +213,7 @@ def check_counter(tensor: Tensor | None, x: Input) -> None:
         f"{list(tensor.shape)}"
     )
     require(tensor.dtype == torch.int64, message)
-    require(_numel(tensor.shape) == 1, message)
+    require(math.prod(tensor.shape) == 1, message)
 
 
 def _got(tensor: Tensor) -> str:
@@ -240,23 +222,21 @@ def _got(tensor: Tensor) -> str:
 
 
 def check_mask(tensor: Tensor | None, x: Input) -> None:
-    """Where the activation passes."""
     if tensor is None:
         return
     check_device("mask", tensor, x)
     rows, row_bytes = mask_shape(x, x.channels_last)
     message = f"mask: expected contiguous Byte [{rows}, {row_bytes}], got {_got(tensor)}"
     require(tensor.dtype == torch.uint8 and is_dense(tensor), message)
-    numel = _numel(tensor.shape)
-    # Inductor, where it gives a convolution's output another format, asks about that before it
-    # makes the copy in the format that the op was traced with.
+    numel = math.prod(tensor.shape)
+    # Where Inductor gives a convolution's output another format, it asks about that one before it
+    # copies to the format with which the op was traced.
     other_rows, other_bytes = mask_shape(x, not x.channels_last)
     if not (x.tensor.dim() in (4, 5) and _always(numel == other_rows * other_bytes)):
         require(numel == rows * row_bytes, message)
 
 
 def check_save_stats(tensor: Tensor | None, x: Input) -> None:
-    """Mean and inverse standard deviation of the batch."""
     if tensor is None:
         return
     check_device("save_stats", tensor, x)
@@ -269,7 +249,6 @@ def check_save_stats(tensor: Tensor | None, x: Input) -> None:
 def check_act_operands(
     act: int, needs: str, residual: Tensor | None, mask: Tensor | None, had_residual: bool
 ) -> None:
-    """What both derivatives need to find f'(z) where a residual was added."""
     name = next(name or "none" for name, a in ACTIVATIONS.items() if a.kind == act)
     if act == 0 and had_residual:
         fail("act: expected one where the residual's gradient is asked for, which else is grad_out")
@@ -289,6 +268,5 @@ def check_act_is_linear(act: int, needs: str) -> None:
 def check_any_statistics(
     save_stats: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, x: Input
 ) -> None:
-    """What both derivatives ask for: the batch's statistics, or else the running ones."""
     if save_stats is None and (running_mean is None or running_var is None) and not x.empty:
         fail("save_stats: expected it, or both running_mean and running_var, got neither")

@@ -18,7 +18,7 @@ from bnext._activation import ACTIVATIONS, activate
 from bnext._autograd import refuse_gradients_of_statistics, traced_apply
 
 _is_tracing: Callable[[], bool] = torch.jit.is_tracing
-# Tensors the ops take as they are: besides plain ones, those that only stand in for them.
+# The tensors that the ops take as they are: plain ones, and those that only stand in for them.
 NATIVE_TYPES: tuple[type, ...] = (Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 tracing_state = torch._C._get_tracing_state
 transforms_active = torch._C._are_functorch_transforms_active
@@ -34,7 +34,7 @@ def find_detour(
     running_var: Tensor | None,
     training: bool,
 ) -> Callable[..., Tensor] | None:
-    """How to run a call that is not an ordinary eager one; None for the ordinary way."""
+    """How to run a call that may be no ordinary eager one; None if it is one."""
     if any(map(_overrides, (input, weight, bias, residual, running_mean, running_var))):
         return compose
     if (
@@ -46,8 +46,8 @@ def find_detour(
     transformed = transforms_active()
     compiling, ahead_of_time = torch.compiler.is_compiling(), type(input) is FunctionalTensor
     if compiling or ahead_of_time:
-        # In eval the compiler folds and fuses ATen's batch norm; in training ours is faster. What
-        # is exported is for others, which only know ATen's.
+        # In eval the compiler folds and fuses ATen's batch norm; in training ours is faster. Those
+        # who receive an exported graph know only ATen's.
         exporting = torch.compiler.is_exporting() or (ahead_of_time and _exports_ahead_of_time())
         if not training or transformed or exporting:
             return _counted_first
@@ -60,13 +60,13 @@ def find_detour(
 
 
 def _exports_ahead_of_time() -> bool:
-    """Whether AOTAutograd exports, which `torch.compiler.is_exporting` does not say."""
+    """Whether AOTAutograd is exporting, which `torch.compiler.is_exporting` does not say."""
     mode = _detect_infra_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL)
     return mode is not None and bool(mode.export)
 
 
 def _overrides(tensor: Any) -> bool:
-    """Whether a tensor has its own `__torch_function__`, leaving out active modes."""
+    """Whether a tensor has its own `__torch_function__`. Active modes do not count."""
     kind = type(tensor)
     return kind not in NATIVE_TYPES and (
         getattr(kind, "__torch_function__", _NO_OVERRIDE) is not _NO_OVERRIDE
@@ -74,7 +74,7 @@ def _overrides(tensor: Any) -> bool:
 
 
 def fx_node(function: Callable[..., Tensor], *args: Any) -> Any:
-    """The call as a leaf of the graph that torch.fx traces; None where no proxy is among `args`."""
+    """The call as a leaf of the graph that torch.fx traces; None if `args` contain no proxy."""
     for arg in args:
         if isinstance(arg, Proxy):
             return arg.tracer.create_proxy("call_function", function, args, {})
@@ -82,7 +82,7 @@ def fx_node(function: Callable[..., Tensor], *args: Any) -> Any:
 
 
 def _counted_first(*args: Any) -> Tensor:
-    """`compose` with torch.nn's operations in their order, for passes over the graph."""
+    """`compose` with the counter first, as in torch.nn: graph passes look for this order."""
     num_batches_tracked, training, momentum, *rest = args[6:]
     if num_batches_tracked is not None:
         momentum = count(num_batches_tracked, momentum)
@@ -91,13 +91,12 @@ def _counted_first(*args: Any) -> Tensor:
 
 
 def _traced(*args: Any) -> Tensor:
-    """Our op, for Dynamo and functorch."""
     input, weight, bias, residual, running_mean, running_var, *rest = args
     num_batches_tracked, training, momentum, eps, act, act_param = rest
     if input.device.type not in ACTIVATIONS[act].devices:
         return activate(_traced(*args[:-2], None, 0.0), act, act_param)
     if not (isinstance(momentum, float | int | None) and isinstance(eps, float | int)):
-        # NumPy's scalars and tensors, which have no value yet: torch takes them, or refuses.
+        # NumPy's scalars, and tensors, whose values are not known yet: torch takes or refuses them.
         return compose(*args)
     check_values(input, running_mean, running_var, training, momentum, eps)
     if torch.is_grad_enabled():
@@ -106,7 +105,7 @@ def _traced(*args: Any) -> Tensor:
         momentum = count(num_batches_tracked, momentum)
         num_batches_tracked = None
     if residual is input:
-        residual = input.view_as(input)  # Dynamo takes no tensor twice
+        residual = input.view_as(input)  # Dynamo does not take a tensor twice
     return traced_apply(
         input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
         training, momentum, eps, act, act_param,
@@ -127,7 +126,7 @@ def compose(
     act: str | None,
     act_param: float,
 ) -> Tensor:
-    """The same from ATen's operations, for whoever only knows those (TorchScript compiles it)."""
+    """A batch norm from ATen's operations, for whoever knows only those (and TorchScript)."""
     if residual is not None and not _is_tracing():
         if residual.shape != input.shape:
             raise RuntimeError(
@@ -179,10 +178,7 @@ def _is_float(number: Any) -> bool:
 
 def ask_torch(input: Any, running_mean: Any, running_var: Any, weight: Any, bias: Any,
                training: Any, momentum: Any, eps: Any) -> None:  # fmt: skip
-    """Raise what the installed torch raises for arguments like these, in its own words.
-
-    Its checks need no values, so meta tensors stand in for those given.
-    """
+    """Raise what the installed torch raises for such arguments; meta tensors suffice for that."""
     input, running_mean, running_var, weight, bias = (
         torch.empty(t.shape, device="meta") if isinstance(t, Tensor) else t
         for t in (input, running_mean, running_var, weight, bias)
@@ -191,7 +187,7 @@ def ask_torch(input: Any, running_mean: Any, running_var: Any, weight: Any, bias
 
 
 def is_native_counter(num_batches_tracked: Tensor, input: Tensor) -> bool:
-    """Whether the op can count in it; anything else that has an `add_` is torch's to count in."""
+    """Whether the op can count in it. In anything else with an `add_`, torch counts."""
     return (
         num_batches_tracked.dtype is torch.int64
         and num_batches_tracked.numel() == 1
@@ -200,14 +196,14 @@ def is_native_counter(num_batches_tracked: Tensor, input: Tensor) -> bool:
 
 
 def count(num_batches_tracked: Tensor, momentum: float | None) -> float:
-    """Count a batch, and return the weight of its statistics."""
+    """Count a batch and return the weight of its statistics."""
     num_batches_tracked.add_(1)
     return 1.0 / float(num_batches_tracked) if momentum is None else momentum
 
 
 @contextmanager
 def undone_on_error(*state: Tensor | None) -> Iterator[None]:
-    """Give running statistics and counter their values back where a call does not succeed."""
+    """Restore the values of running statistics and counter if a call fails."""
     before = [(t, t.detach().clone()) for t in state if t is not None and _has_values(t)]
     try:
         yield
@@ -220,7 +216,7 @@ def undone_on_error(*state: Tensor | None) -> Iterator[None]:
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Whether a batch norm may have written to a tensor, and its values can be compared."""
+    """Whether a batch norm may write to a tensor, and its values can be compared."""
     return (
         tensor.layout is torch.strided
         and not (tensor.is_meta or tensor.is_nested or isinstance(tensor, FakeTensor))

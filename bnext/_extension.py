@@ -1,8 +1,7 @@
-"""Loads the compiled part, bnext._C, and says what to do where there is none.
+"""Loads the compiled part, bnext._C, or says what to do if there is none.
 
 `pip install .` leaves nothing in the checkout, but Python started there finds the checkout's bnext
-first. It may then take the compiled part of the installed bnext if both have the same Python files:
-together they are what was installed.
+first. That one may use the compiled part of the installed bnext if their Python files are the same.
 """
 
 import sys
@@ -19,7 +18,7 @@ __all__ = ["_C"]
 
 def _compiled_folder() -> Path | None:
     """Where bnext._C is: here, or in an installed bnext that this one hides."""
-    spec = find_spec("bnext._C")  # of an editable install too: its finder adds what is missing here
+    spec = find_spec("bnext._C")  # also finds that of an editable install
     if spec and spec.origin:
         return Path(spec.origin).parent
     for folder in sys.path:

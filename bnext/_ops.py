@@ -1,7 +1,4 @@
-"""The compiled ops, and their fake kernels: what tracing, compiling and meta tensors need to know.
-
-Imports the compiled part (which registers ``torch.ops.bnext``) and nothing else of bnext.
-"""
+"""The compiled ops, and their fake kernels for tracing, compiling and meta tensors."""
 
 from typing import Any, NamedTuple
 
@@ -32,7 +29,7 @@ __all__ = ["DEVICES", "DOUBLE_BACKWARD_DEVICES", "EAGER", "TRACED", "_C"]
 
 
 class Ops(NamedTuple):
-    """The ops, to be called by position."""
+    """The ops; pass all arguments by position."""
 
     train: Any
     inference: Any
@@ -46,7 +43,7 @@ TRACED = Ops(
     torch.ops.bnext.batch_norm_backward.default,
     torch.ops.bnext.batch_norm_double_backward.default,
 )
-# What an OpOverload calls, without its Python frame (0.2 us). Dynamo only knows the former.
+# What an OpOverload calls, without its Python frame (0.2 us). Dynamo knows only the overloads.
 EAGER = Ops(*(op._op for op in TRACED))
 
 
@@ -55,8 +52,8 @@ def _devices(op: str) -> frozenset[str]:
     return frozenset(key.lower() for key in ("CPU", "CUDA") if has_kernel(f"bnext::{op}", key))
 
 
-# The types of devices that have kernels. Without that of the double backward, a second derivative
-# is composed of ATen's operations.
+# The types of devices that have kernels. Where there is none for the double backward, ATen's
+# operations compute second derivatives.
 DEVICES = _devices("batch_norm_train") | {"meta"}
 DOUBLE_BACKWARD_DEVICES = _devices("batch_norm_double_backward")
 
@@ -72,7 +69,8 @@ def _mask(x: Input, needs: str, residual: Tensor | None) -> Tensor:
     return x.tensor.new_empty(shape, dtype=torch.uint8)
 
 
-# An output that a call does not have is undefined in C++ and None here; the schema says Tensor.
+# An output that a call lacks is undefined in C++ and None here, though the schema says Tensor.
+@torch.library.register_fake("bnext::batch_norm_train")
 def _fake_train(
     input: Tensor,
     weight: Tensor | None,
@@ -94,12 +92,12 @@ def _fake_train(
     check_param("weight", weight, x)
     check_param("bias", bias, x)
     check_counter(num_batches_tracked, x)
-    if residual is not None:
-        check_like_input("residual", residual, x)
+    check_like_input("residual", residual, x, optional=True)
     save_stats = input.new_empty((3, x.channels), dtype=torch.float64)
     return _output(x), save_stats, _mask(x, needs, residual) if save_mask else None
 
 
+@torch.library.register_fake("bnext::batch_norm_inference")
 def _fake_inference(
     input: Tensor,
     weight: Tensor | None,
@@ -118,11 +116,11 @@ def _fake_inference(
     check_statistic("running_var", running_var, x, evaluates=True)
     check_param("weight", weight, x)
     check_param("bias", bias, x)
-    if residual is not None:
-        check_like_input("residual", residual, x)
+    check_like_input("residual", residual, x, optional=True)
     return _output(x), _mask(x, needs, residual) if save_mask else None
 
 
+@torch.library.register_fake("bnext::batch_norm_backward")
 def _fake_backward(
     grad_out: Tensor,
     input: Tensor,
@@ -146,8 +144,7 @@ def _fake_backward(
     check_like_input("grad_out", grad_out, x)
     check_param("weight", weight, x)
     check_param("bias", bias, x)
-    if residual is not None:
-        check_like_input("residual", residual, x)
+    check_like_input("residual", residual, x, optional=True)
     check_mask(mask, x)
     check_save_stats(save_stats, x)
     check_any_statistics(save_stats, running_mean, running_var, x)
@@ -165,6 +162,7 @@ def _fake_backward(
     )
 
 
+@torch.library.register_fake("bnext::batch_norm_double_backward")
 def _fake_double_backward(
     grad_grad_input: Tensor,
     grad_grad_weight: Tensor | None,
@@ -190,8 +188,7 @@ def _fake_double_backward(
     x = check_input(input)
     check_like_input("grad_grad_input", grad_grad_input, x)
     check_like_input("grad_out", grad_out, x)
-    if grad_grad_residual is not None:
-        check_like_input("grad_grad_residual", grad_grad_residual, x)
+    check_like_input("grad_grad_residual", grad_grad_residual, x, optional=True)
     check_save_stats(save_stats, x)
     check_statistic("running_mean", running_mean, x)
     check_statistic("running_var", running_var, x)
@@ -202,8 +199,7 @@ def _fake_double_backward(
     check_any_statistics(save_stats, running_mean, running_var, x)
     if need_weight and weight is None:
         fail("weight: expected where its gradient is asked for")
-    if residual is not None:
-        check_like_input("residual", residual, x)
+    check_like_input("residual", residual, x, optional=True)
     check_mask(mask, x)
     check_act_operands(act, needs, residual, mask, grad_grad_residual is not None)
     check_act_is_linear(act, needs)
@@ -214,14 +210,8 @@ def _fake_double_backward(
     )
 
 
-torch.library.register_fake("bnext::batch_norm_train", _fake_train)
-torch.library.register_fake("bnext::batch_norm_inference", _fake_inference)
-torch.library.register_fake("bnext::batch_norm_backward", _fake_backward)
-torch.library.register_fake("bnext::batch_norm_double_backward", _fake_double_backward)
-
-
 def _train_with_negative_bit(*args: Any) -> Any:
-    """The op where a tensor has the negative bit: torch's own fallback cannot write to one."""
+    """The op if a tensor has the negative bit; torch's own fallback cannot write to such a one."""
     resolved = [a.resolve_neg() if isinstance(a, Tensor) else a for a in args]
     outputs = TRACED.train(*resolved)
     for buffer, new in zip(args[3:6], resolved[3:6], strict=True):
@@ -237,8 +227,8 @@ _library.impl("batch_norm_train", _train_with_negative_bit, "Negative")
 def _in_fake_mode(
     mode: FakeTensorMode, func: Any, types: Any, args: Any = (), kwargs: Any = None
 ) -> Any:
-    """An op under FakeTensorMode, whose own way of running the real tensors that fake ones may
-    carry takes the absence of an optional tensor for a change of it.
+    """An op under FakeTensorMode. Fake tensors may carry real ones; the mode's own way of running
+    those takes an absent optional tensor for a changed one.
     """
     carries_real = mode.propagate_real_tensors
     mode.propagate_real_tensors = False

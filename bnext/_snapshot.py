@@ -1,4 +1,4 @@
-"""What a module's forward can change in Python: finding out that it did, and putting it back."""
+"""Finds out what a module's forward changed in Python, and puts it back."""
 
 import pickle
 import random
@@ -18,9 +18,9 @@ __all__ = ["Snapshot"]
 
 Pairs = list[tuple[Any, Any]]
 
-# Whose functions and classes hold no state of the model's.
+# Their functions and classes hold no state of the model.
 _LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "bnext"}
-# Whose objects lead to the whole process, not to the model.
+# Their objects lead to the whole process, not to the model.
 _NOT_ENTERED = {"torch", "numpy", "logging"}
 _ATOMS = {
     type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size,
@@ -30,7 +30,7 @@ _ATOMS = {
 
 @dataclass(frozen=True)
 class _Record:
-    """One mutable thing: its name, what it held as (key, value) pairs, how to read and write it."""
+    """A mutable thing: its name, what it held as (key, value) pairs, how to read and write it."""
 
     name: str
     has_named_values: bool
@@ -49,17 +49,17 @@ class _Record:
 class Snapshot:
     """The state in Python that :attr:`forward`, called on :attr:`module`, can reach.
 
-    That is: the attributes of the module, of its submodules and of all objects they hold, lists,
-    dicts, sets and deques however nested, NumPy's arrays, and the attributes of their classes; the
-    global variables, closures and defaults of the functions and methods whose names occur in
-    forward or in one of these; the generators of random numbers. Not the elements of tensors.
+    It consists of the attributes of the module, of its submodules, of all objects they hold and of
+    their classes; nested lists, dicts, sets and deques; NumPy's arrays; the global variables,
+    closures and defaults of the functions and methods whose names occur in forward or in one of
+    these; and the generators of random numbers. The elements of tensors are not part of it.
     """
 
     def __init__(self, module: nn.Module, forward: Any) -> None:
         self._records: list[_Record] = []
         self._seen: dict[int, Any] = {}
         self._classes: list[type] = []
-        self._names: set[str] = set()  # that occur in the functions
+        self._names: set[str] = set()  # the names that occur in the functions
         self._queue: deque[tuple[str, Any]] = deque()
         self._add("the module's ", module)
         self._add("forward", forward)
@@ -128,14 +128,12 @@ class Snapshot:
             self._add(name, value.__self__)
             self._add(name, value.__func__)
         elif isinstance(value, random.Random):
-            if not isinstance(value, random.SystemRandom):  # which has no state
+            if not isinstance(value, random.SystemRandom):  # has no state
                 self._watch_pickled(name, value.getstate, value.setstate)
         elif type(value).__name__ == "ndarray" and _library(type(value)) == "numpy":
             elements = value.copy()
             self._watch(
-                name,
-                lambda: [(None, value.tobytes())],
-                lambda _: value.__setitem__(..., elements),
+                name, lambda: [(None, value.tobytes())], lambda _: value.__setitem__(..., elements)
             )
         else:
             self._visit_container(name, value)
@@ -282,7 +280,7 @@ def _read_attributes(owner: Any, names: list[str]) -> Pairs:
     def is_set(name: str) -> bool:
         try:
             return hasattr(owner, name)
-        except ValueError:  # an empty cell's
+        except ValueError:  # an empty cell
             return False
 
     return [(name, getattr(owner, name)) for name in names if is_set(name)]
@@ -314,7 +312,6 @@ def _slots(kind: type) -> list[str]:
     for base in kind.__mro__:
         own = vars(base).get("__slots__", ())
         for slot in (own,) if isinstance(own, str) else own:
-            # Private names are mangled.
             private = slot.startswith("__") and not slot.endswith("__")
             slots.append(f"_{base.__name__.lstrip('_')}{slot}" if private else slot)
     return [slot for slot in slots if slot not in ("__dict__", "__weakref__")]
@@ -326,11 +323,11 @@ def _names(code: types.CodeType) -> Iterator[str]:
         if isinstance(constant, types.CodeType):
             yield from _names(constant)
         elif isinstance(constant, str) and constant.isidentifier():
-            yield constant  # setattr's, perhaps
+            yield constant  # perhaps for setattr
 
 
 def _function(value: Any) -> Any:
-    """The function that a class's attribute runs, if it does."""
+    """The function that an attribute of a class runs, if any."""
     if isinstance(value, staticmethod | classmethod):
         return value.__func__
     if isinstance(value, property):
@@ -338,7 +335,7 @@ def _function(value: Any) -> Any:
     if isinstance(value, cached_property):
         return value.func
     if not isinstance(value, types.FunctionType):
-        value = getattr(value, "__wrapped__", None)  # functools.cache's
+        value = getattr(value, "__wrapped__", None)  # as functools.cache has
     return value if isinstance(value, types.FunctionType) else None
 
 

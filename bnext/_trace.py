@@ -1,6 +1,6 @@
-"""Tracing one module's forward by torch.fx, which leaves the module and the process as they were.
+"""Traces one module's forward by torch.fx and leaves the module and the process as they were.
 
-All children are leaves. A forward whose graph would not stand for every call is refused.
+All children are leaves. A forward whose graph would not be right for every call is refused.
 """
 
 import inspect
@@ -25,11 +25,7 @@ IN_PLACE_OPERATORS = {
 
 
 def trace(module: nn.Module, kind: type[nn.Module]) -> fx.Graph | str:
-    """Trace what :attr:`kind`, a class of :attr:`module`, has as forward.
-
-    Returns:
-        The graph, or why there is none that stands for every call.
-    """
+    """The graph of `kind.forward` on the module, or why there is none that fits every call."""
     if "forward" in vars(module):
         return "is the instance's own"
     parameters = [*inspect.signature(kind.forward).parameters.values()][1:]
@@ -38,7 +34,7 @@ def trace(module: nn.Module, kind: type[nn.Module]) -> fx.Graph | str:
     own, training = type(module), {m: m.training for m in module.modules()}
     try:
         snapshot = Snapshot(module, kind.forward)
-    except Exception as error:  # whatever a user's object makes of being looked at
+    except Exception as error:  # a user's object may raise anything when looked at
         return f"holds what cannot be put back: {error or type(error).__name__}"
     effects, graphs = _NoEffects(), list[fx.Graph]()
     reason: str | None = None
@@ -51,7 +47,7 @@ def trace(module: nn.Module, kind: type[nn.Module]) -> fx.Graph | str:
                 graphs.append(_Tracer().trace(module))
             if any(m.training is not mode for m in training):
                 reason = "changes the module's training mode"
-    except Exception as error:  # whatever a user's forward makes of values that are not there
+    except Exception as error:  # a user's forward may raise anything where it finds no values
         message = str(error).strip().partition("\n")[0]
         reason = f"cannot be traced: {message or type(error).__name__}"
     finally:
@@ -84,31 +80,27 @@ class _NoEffects(TorchDispatchMode):
 class _Tracer(fx.Tracer):
     """Traces one forward; whatever it calls is a leaf."""
 
-    proxy_buffer_attributes = True  # else what changes a buffer would do so now
+    proxy_buffer_attributes = True  # else a forward that changes a buffer would do so now
 
     def __init__(self) -> None:
         super().__init__()
         self._modes = _modes()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Everything is."""
         return True
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Stand in for a node's value."""
         return _Value(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Add a node, which does not hold the grad mode in which it is to be run."""
-        if _modes() != self._modes:
+        if _modes() != self._modes:  # a node does not record the mode it must run in
             raise TraceError("switches gradients, inference mode or autocast on or off")
         return super().create_node(*args, **kwargs)
 
     def create_arg(self, a: Any) -> Any:
-        """Turn an argument into what a node holds."""
         attributes = {*vars(self.root)}
         argument = super().create_arg(a)
-        if kept := vars(self.root).keys() - attributes:  # where fx puts what it cannot write down
+        if kept := vars(self.root).keys() - attributes:  # fx put there what it cannot write down
             for name in kept:
                 delattr(self.root, name)
             raise TraceError(f"computes with a {type(a).__name__} that is no part of the module")
@@ -123,11 +115,11 @@ def _modes() -> tuple[bool, ...]:
 
 
 class _Value(fx.Proxy):
-    """A proxy that passes for nothing but a tensor, and whose `+=` is not taken for `+`."""
+    """A proxy that pretends to be a tensor and nothing else, and whose `+=` does not become `+`."""
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        # isinstance looks here. A forward that asks is not the same for every kind of argument.
+        # isinstance looks here. A forward that asks may differ for another kind of argument.
         if "isinstance" in sys._getframe(1).f_code.co_names and not _is_exempt(sys._getframe(1)):
             raise TraceError("asks for the type of a value")
         return _Value

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn.modules import batchnorm, conv
 from torch.nn.utils import parametrize
 
+from bnext import distributed, modules
 from bnext import fuse as fusing
-from bnext import modules
 from bnext._trace import trace
 
 __all__ = ["ConversionReport", "conversion_report", "convert", "revert"]
@@ -32,37 +32,34 @@ _REVERTED = {ours: theirs for theirs, ours in _CONVERTED.items()}
 def convert(model: M, *, fuse: bool = False) -> M:
     """Turn every batch norm of torch.nn in :attr:`model` into bnext's, in place.
 
-    Only the class of each module changes: modules, parameters, buffers, hooks and an optimizer's
-    references stay the same objects, training flags, dtypes, devices and ``requires_grad`` as they
-    are. Exactly :class:`torch.nn.BatchNorm1d`, ``2d``, ``3d`` and the lazy ones are converted.
-    Subclasses of them (``SyncBatchNorm``, parametrised modules, other libraries'), which may
-    compute something else, and other norms are left alone: see :func:`conversion_report`.
-    Converting a second time changes nothing.
+    Only the class of each module changes. Modules, parameters, buffers, hooks, flags and an
+    optimizer's references stay as they are. Exactly :class:`torch.nn.BatchNorm1d`, ``2d``, ``3d``
+    and the lazy ones are converted. Their subclasses (``SyncBatchNorm``, parametrised modules,
+    other libraries') may compute something else; they and other norms are left alone: see
+    :func:`conversion_report`. Converting a second time changes nothing.
 
     With :attr:`fuse`, a batch norm whose output only a ReLU takes, or an addition and then a ReLU,
-    is computed together with them in one pass, as by :class:`bnext.BatchNormAct2d`. The batch norm
-    and the ReLU stay as they are, as do parameters, buffers, names and hooks. What changes is the
-    module whose ``forward`` calls them: it becomes a subclass of its own class.
+    is computed together with them in one pass, as by :class:`bnext.BatchNormAct2d`. The batch norm,
+    the ReLU, parameters, buffers, names and hooks stay as they are. The module whose ``forward``
+    calls them becomes a subclass of its own class.
 
-    - That forward asks at each call what it has to do with. Where another tool has replaced the
-      batch norm or the ReLU, changed its class or ``forward`` or put a hook on it, and under
-      torch.fx and :func:`torch.jit.script`, it calls one after the other, as before.
-    - It is the code that torch.fx traced. As for any traced code, plain Python attributes and
-      global state that ``forward`` reads have the values of the time of conversion. (Not in an
-      :class:`torch.nn.Sequential`, which is not traced and can be sliced and appended to.)
+    - At each call the new ``forward`` looks at the modules. If another tool has replaced the batch
+      norm or the ReLU, changed its class or ``forward`` or put a hook on it, and under torch.fx and
+      :func:`torch.jit.script`, it calls one after the other, as before.
+    - It is the code that torch.fx traced. As in any traced code, plain Python attributes and global
+      state that ``forward`` reads keep their values from the time of conversion. (A
+      :class:`torch.nn.Sequential` is not traced; it can still be sliced and appended to.)
 
-    A ``forward`` is left as it is if torch.fx cannot trace it, or if its graph would not stand for
-    every call: it has optional arguments, asks for the type of a value, differs between training
-    and eval, switches gradients or autocast on or off, or does more than to compute its output. It
-    may change parameters and buffers in place, which the graph does too, but no other tensor and
-    nothing in Python, and may draw no random numbers but by a module.
+    A ``forward`` is left alone if torch.fx cannot trace it or its graph would not fit every call:
+    it has optional arguments, asks for the type of a value, differs between training and eval,
+    switches gradients or autocast on or off, draws random numbers except through a module, changes
+    tensors other than parameters and buffers, or changes anything in Python.
     ``conversion_report(model, fuse=True)`` says which and why.
 
-    Tracing runs ``forward``, but changes nothing: what it did to attributes of the model, of its
-    class and of the objects that it holds, to lists, dicts, sets, deques and NumPy's arrays in
-    them, to global variables and closures that ``forward`` or a function it names uses, and to the
-    generators of random numbers, is put back, even if ``forward`` raised. Not seen is what a
-    ``forward`` does outside, such as printing, and what objects of C extensions hold.
+    Tracing runs ``forward`` and then puts back what it changed, even if it raised: attributes of
+    the model, its class and the objects in it; lists, dicts, sets, deques and NumPy's arrays there;
+    globals and closures that ``forward`` or a function it names uses; the generators of random
+    numbers. It does not notice other effects, such as printing or those in C extensions' objects.
 
     Args:
         model: any module, possibly a batch norm itself.
@@ -84,10 +81,10 @@ def convert(model: M, *, fuse: bool = False) -> M:
 def revert(model: M) -> M:
     """Undo :func:`convert`: turn bnext's batch norms in :attr:`model` into torch.nn's, in place.
 
-    For what asks for torch.nn's classes exactly, such as torch.ao's fusion of modules; convert
-    again afterwards. What ``fuse=True`` fused comes apart again. A :class:`bnext.BatchNormAct2d` of
-    the model's own is left as it is: as a :class:`torch.nn.BatchNorm2d` it would lose its
-    activation. :func:`conversion_report` lists these.
+    Use it before tools that compare torch.nn's classes exactly, such as torch.ao's fusion, and
+    convert again afterwards. It also undoes ``fuse=True``. A :class:`bnext.BatchNormAct2d` of the
+    model itself stays: as a :class:`torch.nn.BatchNorm2d` it would lose its activation.
+    :func:`conversion_report` lists these.
 
     Args:
         model: any module, possibly a batch norm itself.
@@ -119,11 +116,11 @@ class ConversionReport:
     fused: tuple[str, ...] = ()
     """Those that ``convert(model, fuse=True)`` fused with what follows."""
     fusible: tuple[str, ...] = ()
-    """Those that it would fuse; looked for if asked with ``fuse=True``, as is what follows."""
+    """Those that it would fuse; like the next field, only found with ``fuse=True``."""
     unfused: dict[str, str] = field(default_factory=dict)
     """Those that it leaves unfused, and why."""
     redundant_biases: tuple[str, ...] = ()
-    """Convolutions whose bias the batch norm after them takes away again."""
+    """Convolutions whose bias the batch norm after them removes again."""
 
     def __str__(self) -> str:
         lines = [f"{len(self.bnext)} of bnext, {len(self.convertible)} to convert"]
@@ -140,13 +137,13 @@ class ConversionReport:
 def conversion_report(model: nn.Module, *, fuse: bool = False) -> ConversionReport:
     """Say which norms of :attr:`model` are bnext's, can be converted, or are left alone and why.
 
-    Changes nothing; ask before or after :func:`convert`. With :attr:`fuse`, which also traces the
-    model's code, say what ``convert(model, fuse=True)`` would fuse, and why not the rest.
+    Changes nothing; call it before or after :func:`convert`. With :attr:`fuse` it also traces the
+    model's code and says what ``convert(model, fuse=True)`` would fuse, and why not the rest.
 
-    A convolution's bias before a batch norm is redundant: in training the mean that is subtracted
-    contains it, and its gradient is zero (section 3.2 of the paper); ``bias=False`` saves both.
-    Those in a :class:`torch.nn.Sequential` are found, and with :attr:`fuse` those in any
-    ``forward`` that could be traced.
+    Before a batch norm a convolution's bias is redundant: in training the subtracted mean contains
+    it, and its gradient is zero (section 3.2 of the paper); ``bias=False`` saves both. The report
+    lists such biases in :class:`torch.nn.Sequential`, and with :attr:`fuse` also in any ``forward``
+    that could be traced, but none where a hook or a ``forward`` of its own may change the output.
 
     Example::
 
@@ -178,30 +175,49 @@ def conversion_report(model: nn.Module, *, fuse: bool = False) -> ConversionRepo
 
 def _redundant_biases(model: nn.Module, traced: bool) -> list[nn.Module]:
     calls = [call for parent in model.modules() for call in _convolutions(parent, traced)]
-    # One that something else reads too, where it is called again, is needed.
+    # A bias is needed if something else reads the convolution in another call.
     needed = {module for module, redundant in calls if not redundant}
     return [module for module in dict(calls) if module not in needed]
 
 
 def _convolutions(parent: nn.Module, traced: bool) -> Iterator[tuple[nn.Module, bool]]:
     """The convolutions with a bias that a module calls, and whether only batch norms read them."""
-    kind: type[nn.Module] = vars(type(parent)).get("_original", type(parent))  # as before fusing
+    kind = fusing._own_class(parent)
     calls: list[tuple[nn.Module, list[nn.Module | None]]] = []
-    if kind.forward is nn.Sequential.forward:
+    sequential = issubclass(kind, nn.Sequential) and kind.forward is nn.Sequential.forward
+    if sequential and "forward" not in vars(parent):
         following = itertools.pairwise([*parent._modules.values(), None])
         calls = [(module, [reader]) for module, reader in following if module is not None]
     elif traced and any(isinstance(child, conv._ConvNd) for child in [*parent.modules()][1:]):
         graph = trace(parent, kind)
         nodes = () if isinstance(graph, str) else graph.nodes
         called = {n: parent.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"}
-        calls = [(module, [called.get(n) for n in node.users]) for node, module in called.items()]
+        calls = [
+            (module, [called.get(n) if _normalizes(n, node) else None for n in node.users])
+            for node, module in called.items()
+        ]
+        # One whose parameters the forward reads itself.
+        read = [str(n.target).rpartition(".")[0] for n in nodes if n.op == "get_attr"]
+        calls += [(parent.get_submodule(owner), []) for owner in read]
     for module, readers in calls:
         if isinstance(module, conv._ConvNd) and module.bias is not None:
-            yield module, bool(readers) and all(map(_is_batch_norm, readers))
+            yield module, _is_plain(module) and bool(readers) and all(map(_is_batch_norm, readers))
+
+
+def _normalizes(call: fx.Node, value: fx.Node) -> bool:
+    """Whether a batch norm so called takes a value as its input, and not as a residual."""
+    places = [name for name, v in (*enumerate(call.args), *call.kwargs.items()) if v is value]
+    return places in ([0], ["input"])
 
 
 def _is_batch_norm(module: nn.Module | None) -> bool:
-    return type(module) in _CONVERTED or isinstance(module, modules._BatchNorm)
+    return isinstance(module, batchnorm._BatchNorm) and _is_plain(module)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module computes what torch.nn's or bnext's does, and nothing looks on."""
+    files = (conv.__name__, batchnorm.__name__, modules.__name__, distributed.__name__)
+    return type(module).forward.__module__ in files and not fusing._is_watched(module)
 
 
 def _is_norm(module: nn.Module) -> bool:

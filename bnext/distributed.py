@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bnext._activation import activate, check_activation, parameter
 from bnext._call import normalize
-from bnext.modules import _BatchNormAct, add_by_its_rules, fx_leaf, statistics
+from bnext.modules import _BatchNormAct, act_repr, add_by_its_rules, fx_leaf, statistics
 
 __all__ = ["SyncBatchNorm"]
 
@@ -17,11 +17,10 @@ __all__ = ["SyncBatchNorm"]
 class SyncBatchNorm(nn.SyncBatchNorm):
     r"""Batch normalisation by the statistics of all processes: :class:`torch.nn.SyncBatchNorm`.
 
-    Same constructor, parameters, buffers, ``state_dict`` and errors; see there. What differs: where
-    there is nothing to synchronise (eval, no process group, or a single process) bnext's op runs,
-    and the module may have an activation, as :class:`bnext.BatchNormAct2d` has. Where there is, the
-    statistics are torch's kernels', for the devices that those support (not the CPU), and residual
-    and activation follow unfused.
+    Same constructor, parameters, buffers, ``state_dict`` and errors; see there. The differences:
+    without a process group and in eval bnext's op runs, and the module may have an activation, as
+    :class:`bnext.BatchNormAct2d` has. Otherwise torch's module runs, on the devices that it
+    supports (not the CPU), and residual and activation follow unfused.
 
     Args:
         act, act_param: as in :class:`bnext.BatchNormAct2d`. Default: ``None``, no activation. All
@@ -36,6 +35,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
         >>> model = bnext.SyncBatchNorm.convert_sync_batchnorm(model)
     """
+
+    act_param: float | None = None  # what was pickled before there was one has none
 
     def __init__(
         self, *args: Any, act: str | None = None, act_param: float | None = None, **kwargs: Any
@@ -53,7 +54,9 @@ class SyncBatchNorm(nn.SyncBatchNorm):
             self._check_non_zero_input_channels(input)
         elif getattr(input.tracer, "root", None) is not self:
             return fx_leaf(self, input, residual)
-        fits = residual is None or (residual.shape, residual.dtype) == (input.shape, input.dtype)
+        fits = not isinstance(residual, Tensor) or (
+            (residual.shape, residual.dtype) == (input.shape, input.dtype)
+        )
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if (self.training and distributed) or not fits:
             norm = super().forward
@@ -68,25 +71,25 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
     def extra_repr(self) -> str:
         """The constructor's arguments."""
-        return f"{super().extra_repr()}{f', act={self.act!r}' if self.act else ''}"
+        act = f", {act_repr(self.act, self.act_param)}" if self.act else ""
+        return f"{super().extra_repr()}{act}"
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:
         """Turn every batch norm in :attr:`module` into a :class:`bnext.SyncBatchNorm`.
 
-        As torch.nn's, which makes a :class:`torch.nn.SyncBatchNorm` whatever it is called on, and
-        with the activation of a :class:`bnext.BatchNormAct2d` kept. Parameters and buffers stay the
-        same objects.
+        torch.nn's method always makes a :class:`torch.nn.SyncBatchNorm`. This one also keeps the
+        activation of a :class:`bnext.BatchNormAct2d`. Parameters and buffers stay the same objects.
 
         Args:
             module: any module, possibly a batch norm itself.
-            process_group: whose processes are synchronised; all by default.
+            process_group: the processes to synchronise; all by default.
 
         Returns:
             :attr:`module`, or what a batch norm became.
         """
         if isinstance(module, _BatchNorm):
-            # torch's makes a new module of each, with the parameters and buffers of the old.
+            # torch's method makes a new module with the parameters and buffers of the old.
             converted = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
             converted.__class__ = cls
             activated = isinstance(module, _BatchNormAct | SyncBatchNorm)

@@ -26,8 +26,8 @@ def batch_norm(
 ) -> Tensor:
     r"""Apply batch normalisation, as :func:`torch.nn.functional.batch_norm` does.
 
-    Same arguments, results and errors; see there. What differs: the activation is read from memory
-    once where it fits the cache, and a call that raises has changed no running statistic.
+    Same arguments, results and errors; see there. The differences: the activation is read from
+    memory once if it fits the cache, and a call that raises has changed no running statistic.
     """
     if not is_scripting() and has_torch_function_variadic(
         input, running_mean, running_var, weight, bias
@@ -61,10 +61,10 @@ def batch_norm_act(
         y = \mathrm{act}\left(\frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma
         + \beta + \mathrm{residual}\right)
 
-    Equal to ``act(batch_norm(input, ...) + residual)``, of which with ReLU neither intermediate
-    result is written to memory; what backward needs of it is one bit per element, or nothing where
-    there is no residual. The other activations follow in torch's operations. The normalisation is
-    Algorithm 1 of `Ioffe & Szegedy, 2015 <https://arxiv.org/abs/1502.03167>`__.
+    Equal to ``act(batch_norm(input, ...) + residual)``. With ReLU no intermediate result is written
+    to memory, and backward needs one bit per element, or nothing if there is no residual. Other
+    activations follow as torch's operations. The normalisation is Algorithm 1 of
+    `Ioffe & Szegedy, 2015 <https://arxiv.org/abs/1502.03167>`__.
 
     Args:
         input: :math:`(N, C, *)` with up to three spatial dimensions.
@@ -78,7 +78,7 @@ def batch_norm_act(
         eps: added to the variance.
         act: ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"hardswish"``, ``"gelu"``,
             ``"gelu_tanh"``, ``"elu"``, ``"tanh"``, ``"sigmoid"``, or ``None`` for no activation.
-        act_param: the negative slope of ``"leaky_relu"`` (default 0.01), the alpha of ``"elu"``
+        act_param: the negative slope of ``"leaky_relu"`` (default 0.01) or the alpha of ``"elu"``
             (default 1.0).
 
     Shape:
@@ -90,7 +90,8 @@ def batch_norm_act(
 
     Raises:
         ValueError: :attr:`act` is unknown or takes no :attr:`act_param`, :attr:`eps` is not
-            positive, or in training there is one value per channel only.
+            positive, or in training there is only one value per channel.
+        TypeError: :attr:`residual` is no tensor, or :attr:`act_param` no number.
         RuntimeError: shapes, dtypes or devices do not fit together.
 
     Example::
@@ -103,7 +104,7 @@ def batch_norm_act(
             input, weight, bias, residual, running_mean, running_var, None,
             training, momentum, eps, act, parameter(act, act_param),
         )  # fmt: skip
-    else:  # noqa: RET505  (the script compiler leaves out an else, not what follows)
+    else:  # noqa: RET505  (the script compiler skips an else, but not what follows)
         if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
             node: Tensor | None = fx_node(
                 batch_norm_act, input, running_mean, running_var, weight, bias, residual,
@@ -119,11 +120,11 @@ def batch_norm_act(
             and isinstance(weight, _TENSOR_OR_NONE)
             and isinstance(bias, _TENSOR_OR_NONE)
             and type(training) is bool
-            and momentum is not None  # which only a module with a counter has a meaning for
+            and momentum is not None  # None means something only to a module with a counter
         ):
             ask_torch(input, running_mean, running_var, weight, bias, training, momentum, eps)
         if input.dim() < 2:
-            if input.numel() == 0:  # torch passes it on, without channels as well
+            if input.numel() == 0:  # torch accepts it, even without channels
                 output = F.batch_norm(
                     input, running_mean, running_var, weight, bias, training, momentum, eps
                 )

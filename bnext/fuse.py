@@ -1,11 +1,10 @@
-"""Fusing what :func:`bnext.convert` can: a batch norm, a residual addition, a ReLU.
+"""Fuses a batch norm, a residual addition and a ReLU, for :func:`bnext.convert`.
 
-Batch norms and ReLUs stay as they are. What changes is who calls them: a module gets a subclass of
-its own class, whose ``forward`` calls `batch_norm_relu` where it called one after the other. That
-asks at each call what the two modules are by then.
+Batch norms and ReLUs stay as they are. The module that calls them gets a subclass of its own class,
+whose ``forward`` calls `batch_norm_relu` instead; that looks at the two modules at each call.
 
-Each module's own ``forward`` is traced by torch.fx with all its children as leaves, so that one
-that cannot be traced costs nothing but its own fusions. That of ``nn.Sequential`` needs no tracing.
+Each module's own ``forward`` is traced by torch.fx with all its children as leaves, so one that
+cannot be traced loses only its own fusions. That of ``nn.Sequential`` needs no tracing.
 """
 
 import functools
@@ -42,10 +41,10 @@ def batch_norm_relu(
     residual: Any = None,
     add_in_place: bool = False,
 ) -> Tensor:
-    """Return ``relu(bn(input) + residual)``, in one pass where the modules are what was fused.
+    """Return ``relu(bn(input) + residual)``, in one pass if the modules are still what was fused.
 
-    Where another tool has put something else in their place, has hooks on them or overrides their
-    ``forward``, and where torch.fx traces the input, they are called one after the other.
+    If another tool has replaced them, hooked them or overridden their ``forward``, or if torch.fx
+    traces the input, they are called one after the other.
     """
     if (
         type(bn) in _OURS
@@ -53,7 +52,6 @@ def batch_norm_relu(
         and (relu is None or (type(relu) is nn.ReLU and not _is_watched(relu)))
         and isinstance(input, Tensor)
         and (residual is None or isinstance(residual, Tensor))
-        # Adding in place does not promote.
         and (not add_in_place or cast(Tensor, residual).dtype == input.dtype)
     ):
         return cast(modules._BatchNorm, bn)._normalize(input, residual, "relu", 0.0)
@@ -78,10 +76,10 @@ def _is_watched(module: nn.Module) -> bool:
 
 
 class FusedForward:
-    """First base of a module's class where its ``forward`` holds fused calls."""
+    """First base of the class of a module whose ``forward`` holds fused calls."""
 
     _original: type[nn.Module]
-    _recipe: tuple[Callable[..., type[nn.Module]], tuple[Any, ...]]  # what makes this class again
+    _recipe: tuple[Callable[..., type[nn.Module]], tuple[Any, ...]]  # makes this class again
     _fused: tuple[str, ...]  # the names of the batch norms
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -101,12 +99,12 @@ def _subclass(original: type[nn.Module], **contents: Any) -> type[nn.Module]:
 
 @dataclass(frozen=True)
 class _Module:
-    """A module among a forward's globals, which pickle does not take itself."""
+    """A module among a forward's globals; pickle does not take the module itself."""
 
     name: str
 
 
-@functools.cache  # one class for all blocks that are alike, so that they compile once
+@functools.cache  # blocks that are alike share a class, so they compile once
 def _fused_class(
     original: type[nn.Module],
     source: str,
@@ -116,7 +114,7 @@ def _fused_class(
 ) -> type[nn.Module]:
     scope = {k: importlib.import_module(v.name) if isinstance(v, _Module) else v for k, v in names}
     forward = fx.graph_module._forward_from_src(source, scope)
-    # What torch.jit.script compiles: it knows no function of modules.
+    # torch.jit.script compiles this one: it knows no functions of modules.
     scripted = fx.graph_module._forward_from_src(scripted_source, dict(scope))
     forward.__wrapped__ = scripted  # type: ignore[attr-defined]
     recipe = _fused_class, (original, source, scripted_source, names, fused)
@@ -149,7 +147,7 @@ _sequential_forward.__wrapped__ = nn.Sequential.forward  # type: ignore[attr-def
 
 @dataclass(frozen=True)
 class _Fusion:
-    """Calls of a traced forward that become one: relu(bn(x)) or relu(bn(x) + residual)."""
+    """Calls of a traced forward that become one: relu(bn(x)), or relu(bn(x) + residual)."""
 
     bn: fx.Node
     add: fx.Node | None
@@ -165,7 +163,7 @@ class _Fusion:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a module is to become, and which of the batch norms that it calls are fused then."""
+    """What a module becomes, and which of the batch norms that it calls are fused then."""
 
     kind: type[nn.Module]
     called: set[nn.Module]
@@ -200,7 +198,7 @@ def fused(model: nn.Module) -> set[nn.Module]:
 
 
 def find(model: nn.Module) -> tuple[set[nn.Module], dict[nn.Module, str]]:
-    """The batch norms that `fuse` would fuse, or has fused, and why it does not the others."""
+    """The batch norms that `fuse` has fused or would fuse, and why it does not fuse the others."""
     names = {module: name for name, module in model.named_modules()}
     why = {bn: "no forward that could be traced calls it" for bn in names if type(bn) in _FUSIBLE}
     if model in why:
@@ -227,7 +225,7 @@ def _before_a_relu(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _own_class(module: nn.Module) -> type[nn.Module]:
-    # That of the class itself: a subclass of a fused one is another tool's.
+    # Only of the class itself: a subclass of a fused class is another tool's.
     kind: type[nn.Module] = vars(type(module)).get("_original", type(module))
     return kind
 
@@ -242,7 +240,7 @@ def _is_parent(module: nn.Module) -> bool:
 
 
 def _plan(module: nn.Module) -> _Plan | str:
-    """What fusing makes of a module, or why its forward has to stay."""
+    """What fusing makes of a module, or why its forward stays."""
     if isinstance(module, fx.GraphModule):
         return "is torch.fx's, which writes it anew: fuse the model before it is traced"
     kind = _own_class(module)
@@ -290,13 +288,11 @@ def _match(bn: fx.Node, module: nn.Module) -> _Fusion | None:
     if node is None or not _is_relu(node, module):
         return None
     tensors = {*bn.all_input_nodes, *(add.all_input_nodes if add else ())}
-    between, other = [], bn.next
-    while other is not node:
-        if other is not add:
-            between.append(other)
+    other = bn.next
+    while other is not node:  # the fused call, at the ReLU's place, reads everything there
+        if other is not add and _mutates(other, module, tensors):
+            return None
         other = other.next
-    if any(_mutates(other, module, tensors) for other in between):
-        return None  # all is read where the ReLU is called
     return _Fusion(bn, add, node)
 
 
@@ -305,7 +301,7 @@ def _mutates(node: fx.Node, module: nn.Module, tensors: set[fx.Node]) -> bool:
     if node.op == "call_module":
         in_place = getattr(module.get_submodule(str(node.target)), "inplace", False)
         return bool(in_place and tensors & {*node.all_input_nodes})
-    # Functions may do so through a view.
+    # A function may do so through a view.
     name = node.target if isinstance(node.target, str) else node.target.__name__
     return (
         node.target in IN_PLACE_OPERATORS or name.endswith("_") or bool(node.kwargs.get("inplace"))

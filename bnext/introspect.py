@@ -1,4 +1,4 @@
-"""What was built, and how a given batch norm would be computed: the plan, in words and as data.
+"""What was built, and how a batch norm would be computed: the plan, in words and as data.
 
 ``python -m bnext.introspect`` prints both for the machine it runs on.
 """
@@ -17,7 +17,7 @@ from bnext._ops import _C, DOUBLE_BACKWARD_DEVICES
 __all__ = ["GPUS", "CudaInfo", "Explanation", "build_info", "explain"]
 
 CudaInfo = _C.CudaInfo
-"""What the plan asks of a GPU: capability (times 10), SMs, shared memory, L2, cluster size."""
+"""What the plan knows of a GPU: capability (times 10), SMs, shared memory, L2, cluster size."""
 
 _KIB, _MIB = 1024, 1024 * 1024
 GPUS = MappingProxyType(
@@ -45,7 +45,7 @@ def build_info() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Explanation:
-    """How a batch norm is computed, as :func:`explain` found it; printing it is readable."""
+    """How a batch norm is computed, as :func:`explain` found it; made to be printed."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -59,18 +59,17 @@ class Explanation:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        activation = "" if self.act is None else f", then {self.act}"
-        return "\n".join(
-            [
-                f"batch norm of {self.shape} {_name(self.dtype)} {_name(self.memory_format)}, "
-                f"{'training' if self.training else 'eval'}"
-                f"{', plus a residual' if self.residual else ''}{activation}",
-                f"  on       {_device_words(self.device)}",
-                f"  forward  {_words(self.forward)}",
-                f"  backward {_words(self.backward)}",
-                *(f"  note: {note}" for note in self.notes),
-            ]
-        )
+        lines = [
+            f"batch norm of {self.shape} {_name(self.dtype)} {_name(self.memory_format)}, "
+            f"{'training' if self.training else 'eval'}"
+            f"{', plus a residual' if self.residual else ''}"
+            f"{'' if self.act is None else f', then {self.act}'}",
+            f"  on       {_device_words(self.device)}",
+            f"  forward  {_words(self.forward)}",
+            f"  backward {_words(self.backward)}",
+            *(f"  note: {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)
 
 
 def explain(
@@ -94,12 +93,12 @@ def explain(
             the numbers of any GPU (one of :data:`GPUS`, or a :class:`CudaInfo`).
         act: the activation, a name or ``None``; see :func:`bnext.functional.batch_norm_act`.
         residual: whether a residual is added.
-        num_threads: on the CPU, as if torch had that many; its own number by default.
+        num_threads: how many threads a CPU has; torch's number by default.
 
     Returns:
-        The plans of forward and backward: kernel family, work split, instruction set, and the bytes
-        each moves to and from memory beside the floor, what no kernel could do without. A GPU's
-        rest on estimates: none has been measured yet.
+        The plans of forward and backward: kernel family, work split, instruction set, the bytes
+        that each moves to and from memory, and the least that any kernel must move. Plans for a GPU
+        rest on estimates, because none has been measured yet.
 
     Raises:
         ValueError: no such batch norm exists, or :attr:`device` cannot be described.
@@ -138,10 +137,10 @@ def explain(
 
 
 def _notes(training: bool, unfused: str | None) -> tuple[str, ...]:
-    """What goes to ATen's kernels on purpose; `bnext._detours` is where."""
+    """What goes to ATen's kernels on purpose, as `bnext._detours` decides."""
     composed = f"{unfused} is ATen's operation, after the kernel, whose bytes these are"
     compiled = (
-        "torch.compile and torch.export keep this op"
+        "torch.compile keeps this op; torch.export and ONNX export are given ATen's batch_norm"
         if training
         else "torch.compile, torch.export and ONNX export are given ATen's batch_norm, which they "
         "fold into the convolution before"

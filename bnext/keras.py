@@ -28,21 +28,20 @@ __all__ = ["BatchNormalization"]
 class BatchNormalization(keras.layers.BatchNormalization):
     r"""Batch normalisation: a drop-in for ``keras.layers.BatchNormalization``.
 
-    Same constructor, weights, config and results; see there. What differs is how they are computed:
-    by bnext's op, which reads the activation once and sums :math:`(x - \mathrm{E}[x])^2`, where
-    Keras' torch backend composes elementwise operations and takes :math:`\mathrm{E}[x^2] -
-    \mathrm{E}[x]^2` for the variance, which is lost where the mean is large. As Keras defines them,
-    :attr:`momentum` is the weight of the old moving statistics, and the moving variance is of the
-    biased one. (A float64 input is computed in float64, which Keras casts to float32.)
+    Same constructor, weights, config and results; see there. bnext's op reads the activation once
+    and sums :math:`(x - \mathrm{E}[x])^2`. Keras' torch backend composes elementwise operations and
+    takes :math:`\mathrm{E}[x^2] - \mathrm{E}[x]^2`, where a large mean drowns the variance. As in
+    Keras, :attr:`momentum` is the weight of the old moving statistics, and the moving variance is
+    the biased one. (A float64 input is computed in float64; Keras casts it to float32.)
 
-    What bnext does not compute is left to Keras' own code: a call with a :attr:`mask`, ``renorm``,
-    training on a single value per feature, and what has no kernels (such as complex numbers).
-    :meth:`explain` says so for a call.
+    Keras' own code runs what bnext does not compute: a call with a :attr:`mask`, ``renorm``,
+    training on a single value per feature, and inputs without kernels (such as complex numbers).
+    :meth:`explain` says whose code a call runs.
 
-    Configs and weights fit both layers, so that ``keras.models.clone_model`` with a
-    ``clone_function`` and ``set_weights`` put one in the other's place. A saved model names its
-    own; where bnext is not installed, it is loaded by ``keras.saving.load_model(path,
-    custom_objects={"bnext>BatchNormalization": keras.layers.BatchNormalization})``.
+    Configs and weights fit both layers: ``keras.models.clone_model`` with a ``clone_function`` and
+    ``set_weights`` exchange one for the other. A saved model names its own layer; without bnext,
+    load it by ``keras.saving.load_model(path, custom_objects={"bnext>BatchNormalization":
+    keras.layers.BatchNormalization})``.
 
     Args:
         axis, momentum, epsilon, ...: those of ``keras.layers.BatchNormalization``.
@@ -72,7 +71,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
             return super().call(inputs, training=training, mask=mask)
         if not x.is_floating_point():
             x = x.to(torch.float32)
-        # Whatever the layer's dtype: those of 16-bit inputs are wider, as in Keras.
+        # As in Keras the layer's dtype does not matter: 16-bit inputs have float32 parameters.
         dtype = "float64" if x.dtype is torch.float64 else "float32"
         gamma = keras.ops.cast(self.gamma, dtype) if self.scale else None
         beta = keras.ops.cast(self.beta, dtype) if self.center else None
@@ -93,7 +92,7 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return keras.ops.cast(self._as_it_was(output, x), self.compute_dtype)
 
     def explain(self, inputs: Any, training: bool | None = None, mask: Any = None) -> str:
-        """Say whose code a call with these arguments runs, and why where it is not bnext's."""
+        """Say whose code a call with these arguments runs, and why if that is not bnext's."""
         x = keras.ops.convert_to_tensor(inputs)
         reason = self._why_not(x, bool(training and self.trainable), mask)
         return "bnext" if reason is None else f"Keras: {reason}"
@@ -111,16 +110,16 @@ class BatchNormalization(keras.layers.BatchNormalization):
         if x.dim() < 2:
             return "the input has features only, and no batch"
         if training and math.prod(x.shape) <= x.shape[self.axis]:
-            return "there is one value per feature, whose variance is zero"
+            return "there is at most one value per feature, which has no variance"
         if self.epsilon <= 0:
             return "epsilon is not positive"
         return None
 
     def _channels_second(self, x: Tensor) -> Tensor:
-        """A view of x as [N, C, *] with no more dimensions than bnext takes, where there is one."""
+        """A view of x, if possible, as [N, C, *] with no more dimensions than bnext takes."""
         axis = self.axis % x.dim()
         if axis == x.dim() - 1 and x.is_contiguous():
-            return x.reshape(-1, x.shape[-1])
+            return x.flatten(0, -2)
         x = x.movedim(axis, 1)
         return x if x.dim() <= 5 else x.flatten(2)
 

@@ -1,9 +1,9 @@
 """Batch normalisation in float64, from Ioffe & Szegedy (2015), and the bound on a result's error.
 
-Algorithm 1 is `forward` with batch statistics, Algorithm 2 `forward` with given ones plus
-`updated_running_stats`; the gradients are the formulas of section 3. Nothing here calls a batch
-norm: the tests, `bnext.verify` and the benchmarks all measure against this file. A magnitude is the
-sum of the absolute terms that make up a value.
+Algorithm 1 is `forward` with batch statistics, Algorithm 2 is `forward` with given ones plus
+`updated_running_stats`, and the gradients are the formulas of section 3. Nothing here calls a batch
+norm; the tests, `bnext.verify` and the benchmarks compare with this file. A magnitude is the sum of
+the absolute values of the terms that make up a value.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# f(z, param) by name, from its definition. A NaN passes: not clamp, nor maximum.
+# f(z, param) by name, from its definition. A NaN passes all of them.
 ACTIVATIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
     None: lambda z, _: z,
     "relu": lambda z, _: torch.where(z <= 0, 0.0, z),
@@ -30,7 +30,7 @@ ACTIVATIONS: dict[str | None, Callable[[Tensor, float], Tensor]] = {
     "sigmoid": lambda z, _: 1 / (1 + torch.exp(-z)),
 }
 
-# A stored mean is off by a unit of rounding or two: the 8 that `bound` counts would be too much.
+# A stored mean is off by a unit of rounding or two, fewer than the 8 that `bound` counts.
 MEAN_ROUNDING = 1 / 4
 
 
@@ -48,7 +48,7 @@ class Operands(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """The results of `forward`."""
+    """What `forward` returns."""
 
     output: Tensor  # [N, C, *]
     pre: Tensor  # [N, C, *], before the activation
@@ -84,7 +84,7 @@ def batch_stats(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.double()
     dims = reduced_dims(x)
     mean = x.mean(dims)
-    mean = mean + (x - per_channel(mean, x)).mean(dims)  # takes away the first mean's rounding
+    mean = mean + (x - per_channel(mean, x)).mean(dims)  # removes the first mean's rounding
     return mean, (x - per_channel(mean, x)).square().mean(dims)
 
 
@@ -118,9 +118,9 @@ def backward(
     weight: Tensor | None = None,  # [C]
     stats: tuple[Tensor, Tensor] | None = None,  # frozen mean, var; None: the batch's
     eps: float = 1e-5,
-    active: Tensor | None = None,  # [N, C, *] bool: where the ReLU let the value pass
+    active: Tensor | None = None,  # [N, C, *] bool: where the ReLU passed
 ) -> Backward:
-    """Section 3 of the paper; with given statistics only the first term of dx stays."""
+    """Section 3 of the paper; with given statistics only the first term of dx remains."""
     mean, var = batch_stats(x) if stats is None else stats
     dims = reduced_dims(x)
     dy = grad_out.double()
@@ -155,7 +155,7 @@ def updated_running_stats(
 def results(
     t: Operands, training: bool, momentum: float, eps: float, active: Tensor | None
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Value and magnitude of a step's results, by name; `active` is None where there is no ReLU."""
+    """Value and magnitude of a step's results, by name; `active` is None if there is no ReLU."""
     stats = None if training else (t.running_mean, t.running_var)
     act = None if active is None else "relu"
     y = forward(t.x, t.weight, t.bias, t.residual, stats, eps, act)
@@ -180,10 +180,10 @@ def results(
 def bound(value: Tensor, magnitude: Tensor, dtype: torch.dtype) -> Tensor:
     """The error that no implementation with results in `dtype` can avoid, element by element.
 
-    A value that is a sum of terms, each made by a few roundings in arithmetic of unit eps_c
-    (float32, or float64 for float64), is off by up to some eps_c times the magnitude: 8 here, for a
-    subtraction, three products, two sums, and one more for each of the two statistics. Storing it
-    adds half a unit of the value in its dtype, or half the smallest subnormal.
+    The arithmetic is in float32 (float64 for float64), and eps_c is its unit. A sum of terms that
+    take a few roundings each is off by up to some eps_c times the magnitude: 8 here, for a
+    subtraction, three products, two sums, and one for each of the two statistics. Storing it adds
+    half a unit of the value in its dtype, or half the smallest subnormal.
     """
     info = torch.finfo(dtype)
     compute_eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps

@@ -1,8 +1,8 @@
 """Checks bnext on this machine against the paper's formulas in float64: ``python -m bnext.verify``.
 
 Runs every kernel family that this machine has, in every dtype and layout, forward and backward, in
-training and eval, with and without residual and ReLU; on a GPU also inside a CUDA graph and under
-torch's watch for host synchronisation. Takes seconds; the exit status is 1 if anything is wrong.
+training and eval, with and without residual and ReLU. On a GPU also runs them in a CUDA graph, and
+lets torch watch for host synchronisation. Takes seconds; exits with 1 if anything is wrong.
 """
 
 import argparse
@@ -34,7 +34,7 @@ DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
 _NCHW, _NHWC, _NDHWC = torch.contiguous_format, torch.channels_last, torch.channels_last_3d
 Results: TypeAlias = dict[str, Tensor]
 Shape: TypeAlias = tuple[tuple[int, ...], torch.memory_format]
-# Rows that vectors divide and rows that they do not, channels likewise.
+# Rows and channels that vectors divide, and some that they do not.
 SMALL: tuple[Shape, ...] = (
     ((6, 40), _NCHW),
     ((3, 24, 8, 8), _NCHW),
@@ -50,13 +50,13 @@ LARGER: tuple[Shape, ...] = (
     ((9, 67, 13, 11), _NHWC),
     *itertools.product(((1, 3, 301, 300), (32, 512, 7, 7)), (_NCHW, _NHWC)),
 )
-# Channels larger than a GPU block's shared memory, and than all blocks' together.
+# Channels larger than a GPU block's shared memory, and larger than all blocks' together.
 LARGEST: tuple[Shape, ...] = (
     *LARGER,
     *itertools.product(((64, 64, 56, 56), (8, 4, 1024, 1024)), (_NCHW, _NHWC)),
 )
 MODES = tuple(itertools.product((True, False), (False, True), (False, True)))  # of a Case
-# The kernels that a plan is forced to use, by family and team; empty: the plan's own choice.
+# The family and team that a plan is forced to use; the plan chooses where they are empty.
 CUDA_CHOICES = {
     "as planned": ("", ""),
     "resident block": ("resident", "block"),
@@ -109,7 +109,7 @@ class Case(NamedTuple):
 
 
 def run(t: Operands, case: Case) -> Results:
-    """All that a call and its backward pass compute and change; the operands stay as they are."""
+    """All that a call and its backward pass compute and change; the operands stay unchanged."""
     t = Operands(*t[:5], *(own.clone() for own in t[5:]))
     output = normalize(
         t.x, t.weight, t.bias, t.residual, t.running_mean, t.running_var, t.num_batches_tracked,
@@ -144,16 +144,16 @@ def check_values(case: Case, results: Results, exact: Operands) -> dict[str, flo
 def poison(results: Results, t: Operands) -> None:
     """Overwrites results, so that the next call cannot find its own in the memory it reuses."""
     for tensor in results.values():
-        if tensor.data_ptr() != t.grad_out.data_ptr():  # which may be the residual's gradient
+        if tensor.data_ptr() != t.grad_out.data_ptr():  # the residual's gradient may be grad_out
             tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
 
 
 def replayed(t: Operands, case: Case) -> Results:
-    """As `run`, from a CUDA graph; capturing also refuses whatever waits for the GPU."""
+    """As `run`, from a CUDA graph; capturing it also refuses whatever waits for the GPU."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        run(t, case)  # what the first call sets up is not for the graph
+        run(t, case)  # the graph must not contain what the first call sets up
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             results = run(t, case)
@@ -192,7 +192,7 @@ def check(case: Case, t: Operands, exact: Operands, with_graph: bool, row: Row) 
     """Runs one case, with the kernels that the environment forces."""
     try:
         with ExitStack() as stack:
-            if t.x.is_cuda:  # torch raises where it waits for the GPU
+            if t.x.is_cuda:  # torch raises if it waits for the GPU
                 torch.cuda.set_sync_debug_mode("error")
                 stack.callback(torch.cuda.set_sync_debug_mode, "default")
             results = run(t, case)
@@ -236,7 +236,7 @@ def check_all(
         t = case.operands(device)
         exact = case.operands(torch.device("cpu")) if small else t
         for name, choice in choices.items():
-            if case.training or not choice[1]:  # in eval nothing is reduced before the result
+            if case.training or not choice[1]:  # in eval there is no reduction to force
                 with forced(choice):
                     check(case, t, exact, on_gpu and not small, rows[name, dtype])
     for (name, _), row in rows.items():

@@ -1,5 +1,5 @@
 // The pybind11 module bnext._C: what was built, what this machine has, and the plan, for
-// introspection and tests. Loading it registers the ops. Includes no torch beyond its version.
+// introspection and tests. Loading it registers the ops. Includes no torch.
 #include <pybind11/operators.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -17,7 +17,7 @@ namespace py = pybind11;
 namespace bnext {
 namespace {
 
-// `residual`: the forward adds one, and saves a mask unless no backward is to come.
+// `residual`: the forward adds one; `save_mask`: it also saves a mask, because a backward follows.
 Problem make_problem(int64_t n, int64_t c, int64_t hw, bool channels_last, const std::string& dtype,
                      const std::string& stage, const std::string& act, bool residual,
                      bool need_input, bool need_params, bool save_mask, bool need_residual) {
@@ -91,7 +91,7 @@ void def_plan(py::module_& m, const char* name) {
   });
 }
 
-// By name: the kind, what backward needs, and the devices whose kernels take it.
+// {name: (kind, what backward needs, the devices whose kernels take it)}
 py::dict activations() {
   py::dict all;
   for (int64_t kind = 0; kind < std::ssize(kActs); ++kind) {

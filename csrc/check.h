@@ -1,18 +1,18 @@
-// From tensors to a Problem: every validation of an op's arguments and its message. Nothing is
-// written before the last check has passed. Where torch's batch norm refuses an argument too, its
-// sentence stands in the message. bnext/_check.py is its twin for tensors without memory.
+// Checks an op's arguments and turns them into a Problem. Nothing is written before the last check
+// has passed. Where torch's batch norm refuses an argument too, the message contains torch's own
+// words. bnext/_check.py is the twin of this file for tensors without memory.
 #pragma once
 
 #include "tensor.h"
 
 namespace bnext {
 
-// An argument of type Tensor: the schema lets None through.
+// The schema lets None through, even where it says Tensor.
 inline void check_given(const char* name, const Tensor& t) {
   BNEXT_CHECK(t.defined(), name, ": expected a tensor, got None");
 }
 
-// A kind of activation, of those that the kernels of a backend take.
+// The kind of activation, which must be one that the backend's kernels take.
 inline Act check_act(int64_t act, bool ActTraits::* on_backend) {
   if (act >= 0 && act < std::ssize(kActs) && kActs[act].*on_backend) return static_cast<Act>(act);
   std::string taken;
@@ -22,7 +22,7 @@ inline Act check_act(int64_t act, bool ActTraits::* on_backend) {
   fail("bnext: act: expected a kind that the kernels take, one of ", taken, ", got ", act);
 }
 
-// An empty tensor of one dimension passes, as in torch: it has no channels.
+// As in torch, an empty tensor of one dimension passes: it has no channels.
 inline Input check_input(const Tensor& input, Stage stage, Act act) {
   check_given("input", input);
   const auto sizes = input.sizes();
@@ -50,7 +50,7 @@ inline void check_device(const char* name, const Tensor& t, const Input& x) {
               to_string(device), " is not on the expected device ", to_string(x.device), "!");
 }
 
-// A tensor with input's shape and dtype, made dense in input's memory format.
+// A tensor that must have input's shape and dtype, made dense in input's memory format.
 inline Tensor check_like_input(const char* name, const Tensor& t, const Input& x) {
   check_given(name, t);
   check_device(name, t, x);
@@ -69,7 +69,7 @@ inline OptionalTensor check_like_input(const char* name, const OptionalTensor& t
   return check_like_input(name, *t, x);
 }
 
-// Elements between one value of t and the next, whatever its shape; nothing where that varies.
+// The distance in elements from one value of t to the next, if it is the same throughout.
 inline std::optional<int64_t> element_stride(const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   if (sizes.size() == 1) return strides[0];
@@ -83,7 +83,7 @@ inline std::optional<int64_t> element_stride(const Tensor& t) {
   return stride;
 }
 
-// One value per channel; its dtype. An empty input reads none: torch then takes whatever is given.
+// Checks for one value per channel and returns the dtype. With an empty input torch takes any t.
 inline DType check_per_channel(const char* name, const Tensor& t, const Input& x) {
   check_device(name, t, x);
   const DType input = x.problem.dtype;
@@ -102,7 +102,7 @@ inline DType check_per_channel(const char* name, const Tensor& t, const Input& x
   return *dtype;
 }
 
-// Weight, bias, or a gradient of theirs: any shape whose values lie at one stride.
+// Weight, bias or a gradient of one of them: any shape whose values are at one stride.
 inline ParamIn check_param(const char* name, const OptionalTensor& t, const Input& x) {
   if (!t) return {};
   const DType dtype = check_per_channel(name, *t, x);
@@ -126,15 +126,14 @@ inline ParamIn check_statistic(const char* name, const OptionalTensor& t, const 
   return t ? check_statistic(name, *t, x) : ParamIn{};
 }
 
-// In evaluation. The schema's type is Tensor, not Tensor?, which costs 20 ns more to pass.
+// For evaluation. The schema says Tensor because passing a Tensor? costs 20 ns more.
 inline ParamIn check_eval_statistic(const char* name, const Tensor& t, const Input& x) {
   if (t.defined()) return check_statistic(name, t, x);
   BNEXT_CHECK(x.empty(), name, " must be defined in evaluation mode");
   return {};
 }
 
-// Memory to write to is only asked for (which may copy a copy-on-write tensor) once all checks have
-// passed.
+// Call it after all checks: asking for writable memory may copy a copy-on-write tensor.
 inline ParamOut param_out(const OptionalTensor& t) {
   if (!t) return {};
   return {t->mutable_data_ptr(), element_stride(*t).value_or(0), *find_dtype(*t)};
@@ -189,7 +188,7 @@ inline void check_act_is_linear(const Input& x) {
               to_string(act));
 }
 
-// What both derivatives ask for: the batch's statistics, or else the running ones.
+// Both derivatives need the batch's statistics or else the running ones.
 inline void check_any_statistics(bool save_stats, bool running, const Input& x) {
   BNEXT_CHECK(save_stats || running || x.empty(),
               "save_stats: expected it, or both running_mean and running_var, got neither");

@@ -1,6 +1,5 @@
-// The per-element arithmetic of batch norm, for host scalars, host vectors and device scalars:
-// every kernel, forward or backward, goes through these, so that a recomputed ReLU sign is
-// bit-identical.
+// The per-element arithmetic of batch norm, for host scalars, host vectors and device scalars. All
+// kernels use these functions, so the sign that backward recomputes for a ReLU is bit-identical.
 #pragma once
 
 #include <cmath>
@@ -42,7 +41,7 @@ struct GradSums {
 };
 
 // dx = a * dy + b * ((x - mean) * invstd) + c, the gradient of Ioffe & Szegedy (2015), section 3,
-// with the two means gathered into b and c. Frozen statistics: b = c = 0.
+// with the two means gathered into b and c. With frozen statistics b = c = 0.
 template <class T>
 struct InputGrad {
   T mean, invstd, a, b, c;
@@ -67,15 +66,15 @@ BNEXT_HD inline T apply(const InputGrad<T>& g, const T& dy, const T& x) {
 // The second derivatives. With h = (x - mean) / std, u = grad_grad_input, g = grad_out (where the
 // ReLU passed) and P z = z - mean(z) - h mean(z h), the first backward is
 //   dx = weight / std P g,   dweight = sum g h,   dbias = sum g,   dresidual = g
-// and what is differentiated here is L = <u, dx> + <ggw, dweight> + <ggb, dbias> + <v, dresidual>:
+// and these differentiate L = <u, dx> + <ggw, dweight> + <ggb, dbias> + <v, dresidual>:
 //   dL/dg      = weight / std P u + ggw h + ggb + v
 //   dL/dweight = q / std,   q = <u, P g> = sum u g - sum u mean g - sum u h mean g h
 //   dL/dx      = (P z - weight / std q / M h) / std,
 //                z = (ggw - weight / std mean(u h)) g - weight / std mean(g h) u
-// where q / M h / std comes from 1 / std, and P from h's own mean and 1 / std. Frozen statistics:
-// P is the identity in dx, and dL/dx = ggw g / std.
+// where q / M h / std comes from 1 / std, and P from h's own mean and 1 / std. With frozen
+// statistics P is the identity in dx, and dL/dx = ggw g / std.
 struct DoubleBackwardSums {
-  double u, g, u_xmu, g_xmu, u_g;  // xmu: x less the mean rounded to the compute type
+  double u, g, u_xmu, g_xmu, u_g;  // xmu: x - mean rounded to the compute type
 };
 
 //   dL/dg = a_u u + a_h h + a_1 + v,   dL/dx = b_g g + b_u u + b_h h + b_1
@@ -83,7 +82,7 @@ struct DoubleBackwardCoefficients {
   double a_u, a_h, a_1, b_g, b_u, b_h, b_1, grad_weight;
 };
 
-// `rounding` is the mean less the rounded one.
+// `rounding` is the mean minus the rounded mean.
 BNEXT_HD inline DoubleBackwardCoefficients make_double_backward(const DoubleBackwardSums& s,
                                                                 double count, bool frozen,
                                                                 double rounding, double invstd,

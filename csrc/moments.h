@@ -1,5 +1,4 @@
-// Moments of a set of values and how two sets join (Chan, Golub & LeVeque 1979), for host and
-// device.
+// The moments of a set of values, and how two sets join (Chan, Golub & LeVeque 1979).
 #pragma once
 
 #include "problem.h"

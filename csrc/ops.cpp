@@ -1,6 +1,6 @@
-// The schemas of torch.ops.bnext, nothing else. Backends register their kernels in cpu/ and cuda/.
-// Arguments that a plain batch norm does without come last and have defaults: passing one costs
-// 0.1 (a tensor) to 0.2 us (a number). `act` is an Act of activation.h.
+// The schemas of torch.ops.bnext. The backends register their kernels in cpu/ and cuda/. Arguments
+// that a plain batch norm does not need come last and have defaults, because passing one costs
+// 0.1 us (a tensor) to 0.2 us (a number). `act` is an Act of activation.h.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(bnext, m) {

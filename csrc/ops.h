@@ -1,11 +1,9 @@
-// The ops, for any backend: check, allocate, fill the kernels' arguments, run. Includes the
-// LibTorch stable ABI.
-//
-// A backend has
-//   takes                                  which activations: a member of ActTraits
-//   allocate_output(input)                 uninitialised memory for an output of the input's shape
-//   run(args, input)                       the call, on the input's device
-//   count(num_batches_tracked, input)      adds 1 where that memory is
+// The ops of any backend: check, allocate, fill the kernels' arguments, run. Includes the LibTorch
+// stable ABI. A backend has
+//   takes                              the member of ActTraits that says which activations it takes
+//   allocate_output(input)             uninitialised memory for an output of the input's shape
+//   run(args, input)                   runs the kernels on the input's device
+//   count(num_batches_tracked, input)  adds 1 to the counter on the input's device
 #pragma once
 
 #include <tuple>
@@ -46,7 +44,7 @@ struct Ops {
     args.num_batches_tracked = num_batches_tracked
                                    ? static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr())
                                    : nullptr;
-    if (x.empty()) {  // as torch: counted, but nothing to learn from
+    if (x.empty()) {  // as in torch: counted, but there is nothing to learn from
       torch::stable::zero_(save_stats);
       if (args.num_batches_tracked) Backend::count(args.num_batches_tracked, x);
       return {output, save_stats, mask};
@@ -114,7 +112,7 @@ struct Ops {
     Tensor grad_input = output(need_input), grad_residual = output(need_residual);
     OptionalTensor grad_weight, grad_bias;
     if (need_weight) grad_weight = allocate_grad(*weight, x);
-    if (need_bias) grad_bias = allocate_grad(bias ? *bias : *weight, x);  // no value is needed
+    if (need_bias) grad_bias = allocate_grad(bias ? *bias : *weight, x);  // for its shape
     if (x.empty()) {
       for (OptionalTensor* grad : {&grad_weight, &grad_bias})
         if (*grad) torch::stable::zero_(**grad);
@@ -188,7 +186,7 @@ struct Ops {
  private:
   static const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
-  // `mask`: there is one, or one is to be saved.
+  // `mask`: whether there is one or one is to be saved.
   static void set_activation(Problem& p, bool residual, bool mask) {
     const Needs needs = traits(p.act).needs;
     p.residual = residual && (!is_backward(p.stage) || needs == Needs::kSum);

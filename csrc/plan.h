@@ -1,7 +1,7 @@
-// What the plans of all backends share. A plan says which kernel family runs a problem on a device,
-// and how the work is cut: a pure function of (Problem, device), without torch, CUDA or allocation.
-// The thresholds that depend on the device are in cpu/plan.cpp and cuda/plan.cpp; sizes that belong
-// to a kernel's own code stand beside it (cpu/tiles.h, cuda/slab.cuh).
+// What the plans of all backends share. A plan says which kernel family runs a problem on a device
+// and how the work is cut. It is a pure function of (Problem, device), without torch, CUDA or
+// allocation. Thresholds that depend on the device are in the backends' plan.cpp; sizes that belong
+// to one kernel's code are in that kernel's file.
 #pragma once
 
 #include <sstream>
@@ -15,8 +15,8 @@ namespace bnext {
 
 enum class Family : uint8_t {
   kElementwise,  // nothing to reduce first: one pass
-  kResident,     // a task reads its channels once, they stay in its cache for the second pass
-  kStreaming,    // all threads reduce, then all threads apply: memory is read twice
+  kResident,     // a task reads its channels once; they stay in its cache for the second pass
+  kStreaming,    // all threads reduce, then all apply: memory is read twice
 };
 
 // How memory is cut into independent reductions ("bins").
@@ -35,7 +35,7 @@ inline std::string to_string(IndexMap map) {
   return map == IndexMap::kRows ? "rows" : "columns";
 }
 
-// The value from first to last that is called `name`; std::invalid_argument where none is.
+// The value in [first, last] with the given name; throws std::invalid_argument if there is none.
 template <class E>
 E parse(const char* what, const std::string& name, E first, E last) {
   std::string expected;
@@ -49,7 +49,7 @@ E parse(const char* what, const std::string& name, E first, E last) {
                               ", got \"" + name + "\"");
 }
 
-// name(field=value, ...), of the fields that Plan::fields lists.
+// name(field=value, ...) with the fields that Plan::fields lists.
 template <class Plan>
 std::string to_string(const char* name, const Plan& plan) {
   std::ostringstream out;

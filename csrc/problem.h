@@ -1,5 +1,5 @@
 // What a batch norm is, without torch: the problem, the pointers it works on, and its enumerations.
-// Includes nothing but the standard library; shared by the plans, the bindings and all kernels.
+// Includes only the standard library; shared by the plans, the bindings and all kernels.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,6 @@
 
 namespace bnext {
 
-// Division that rounds up.
 constexpr int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
@@ -18,7 +17,7 @@ constexpr int64_t round_up(int64_t a, int64_t b) {
 
 enum class DType : uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-// f(value of the dtype's type), the 16-bit types being the caller's.
+// Calls f with a value of the dtype's type; the caller names its 16-bit types.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif
@@ -52,7 +51,7 @@ enum class Stage : uint8_t {
   kEvalForward,
   kTrainBackward,
   kEvalBackward,
-  kDoubleBackward,  // with the batch's statistics or frozen ones: both sum first
+  kDoubleBackward,  // with the batch's statistics or frozen ones; both sum first
 };
 
 constexpr const char* to_string(Stage s) {
@@ -69,7 +68,7 @@ constexpr bool is_training(Stage s) {
 constexpr bool is_backward(Stage s) {
   return s != Stage::kTrainForward && s != Stage::kEvalForward;
 }
-// Tensors that are read for the sums and once more to apply them.
+// Tensors that are read once to sum and once more to apply.
 constexpr int64_t operands(Stage s) {
   return !is_backward(s) ? 1 : s == Stage::kDoubleBackward ? 3 : 2;
 }
@@ -81,11 +80,11 @@ struct Problem {
   bool channels_last;
   DType dtype;    // input, output, residual and their gradients
   Act act;        // y = act(bn(x) + residual)
-  bool residual;  // it is read
-  bool has_mask;  // of where the activation passes; forward: it is written; backward: it is read
-  // backward: dx, any of dweight and dbias, the residual's gradient
+  bool residual;  // a residual is read
+  bool has_mask;  // a mask of where the activation passes is written (forward) or read (backward)
+  // backward: which of dx, dweight or dbias, and the residual's gradient are asked for
   bool need_input = true, need_params = true, need_residual = false;
-  int alignment = 16;  // bytes that all tensors' addresses share
+  int alignment = 16;  // common to all tensors, in bytes
 
   constexpr int64_t numel() const { return n * c * hw; }
   constexpr int64_t count() const { return n * hw; }  // values per channel
@@ -110,8 +109,8 @@ struct Problem {
   bool operator==(const Problem&) const = default;
 };
 
-// The same memory, described so that kernels see long runs: one channel is one row, and rows of a
-// single element are columns.
+// The same memory, described so that kernels see long runs: a single channel becomes one row, and
+// rows of one element become columns.
 constexpr Problem canonical(Problem p) {
   if (p.c == 1) {
     p.hw *= p.n;
@@ -123,8 +122,7 @@ constexpr Problem canonical(Problem p) {
   return p;
 }
 
-// A per-channel vector whose dtype is only known at run time; null data where the argument is
-// absent.
+// A per-channel vector whose dtype is known only at run time; data is null if it is absent.
 template <class Void>
 struct Vector {
   Void* data = nullptr;
@@ -148,7 +146,7 @@ struct ForwardArgs {
   double* save_stats;                  // [3, C]: mean, 1 / sqrt(var + eps), and on the CPU what
                                        // a double cannot hold of the mean
   double momentum;
-  bool cumulative;  // the average of all batches counted, whatever the momentum
+  bool cumulative;  // average all batches counted and ignore the momentum
   double eps, act_param;
 };
 
@@ -158,9 +156,9 @@ struct BackwardArgs {
   const void* residual;  // null: none, or the mask is enough
   const uint8_t* mask;   // null: what the activation needs is recomputed from input and residual
   ParamIn weight, bias;
-  const double* save_stats;  // batch statistics; null: frozen ones, from
-  ParamIn running_mean, running_var;
-  void* grad_input;  // null: not asked for, as below
+  const double* save_stats;           // null: the statistics are frozen
+  ParamIn running_mean, running_var;  // the frozen statistics
+  void* grad_input;                   // null: not asked for; likewise below
   void* grad_residual;
   ParamOut grad_weight, grad_bias;
   double eps, act_param;
@@ -169,7 +167,7 @@ struct BackwardArgs {
 struct DoubleBackwardArgs {
   const void *grad_grad_input, *grad_grad_residual;  // the second null: none
   const void *grad_out, *input;
-  const void* residual;  // as in BackwardArgs, and the mask
+  const void* residual;  // this and the mask as in BackwardArgs
   const uint8_t* mask;
   ParamIn weight, bias, grad_grad_weight, grad_grad_bias;
   const double* save_stats;  // as in BackwardArgs

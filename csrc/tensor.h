@@ -1,5 +1,4 @@
-// Tensors through torch's stable ABI: calls that may fail, dtypes, devices, memory formats and
-// allocation. Includes the LibTorch stable ABI; used by check.h and the op files of every backend.
+// Tensors through the LibTorch stable ABI: errors, dtypes, devices, memory formats, allocation.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -27,7 +26,7 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
-// As STD_TORCH_CHECK, without the path of this file in the user's message.
+// STD_TORCH_CHECK without the path of this file in the user's message.
 #define BNEXT_CHECK(condition, ...)          \
   do {                                       \
     if (!(condition)) [[unlikely]]           \
@@ -41,8 +40,8 @@ template <class... Parts>
   throw std::runtime_error(message.str());
 }
 
-// What the shim function that was called last said; torch's own macros drop it below 2.13. A user
-// must be able to read that memory ran out.
+// The error message of the last shim call, so that a user can read that memory ran out. Torch's own
+// macros drop it before 2.13.
 inline const char* shim_error() {
   return torch_exception_get_what_without_backtrace ? torch_exception_get_what_without_backtrace()
                                                     : "a call into torch failed (out of memory?)";
@@ -101,8 +100,8 @@ inline std::string to_string(const Device& device) {
   return device.index < 0 ? name : name + ":" + std::to_string(device.index);
 }
 
-// torch's suggest_memory_format for 4-d and 5-d tensors: channels last iff strides fall in the
-// order C, W, H, (D,) N; ambiguous strides are contiguous. (c10/core/MemoryFormat.h)
+// torch's suggest_memory_format for 4-d and 5-d tensors (c10/core/MemoryFormat.h): channels last
+// iff strides ascend in the order C, W, H, (D,) N; ambiguous strides are contiguous.
 inline bool suggests_channels_last(const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
   if (strides[1] == 0) return false;
@@ -118,7 +117,7 @@ inline bool suggests_channels_last(const Tensor& t) {
   return falls(0);
 }
 
-// Calls f(dimension, stride) for each dimension of t, of t made dense in the format.
+// Calls f(dimension, stride) with the strides that t would have if it were dense in the format.
 template <class F>
 inline void for_each_dense_stride(const Tensor& t, bool channels_last, const F& f) {
   const auto sizes = t.sizes();
@@ -141,14 +140,14 @@ inline bool is_dense(const Tensor& t, bool channels_last) {
   return dense;
 }
 
-// The format of the outputs for a tensor that is not dense and contiguous: as torch's batch norm,
-// the one in which it is dense, else the one that its strides suggest.
+// The outputs' format for an input that is not dense and contiguous, as in torch's batch norm: the
+// one in which it is dense, else the one that its strides suggest.
 inline bool is_channels_last(const Tensor& t) {
   const int64_t dim = t.dim();
   return (dim == 4 || dim == 5) && (is_dense(t, true) || suggests_channels_last(t));
 }
 
-// t itself where it is dense in the format already, else a copy.
+// t itself if it is dense in the format already, else a copy.
 inline Tensor as_dense(const Tensor& t, bool channels_last) {
   if (is_dense(t, channels_last)) return t;
   const auto format = !channels_last ? MemoryFormat::Contiguous
@@ -156,7 +155,7 @@ inline Tensor as_dense(const Tensor& t, bool channels_last) {
                                      : MemoryFormat::ChannelsLast3d;
   try {
     return torch::stable::contiguous(t, format);
-  } catch (const std::exception&) {  // it names a header of torch's
+  } catch (const std::exception&) {  // its message names a torch header
     fail("bnext: a dense copy of ", shape_string(t), ": ", shim_error());
   }
 }
@@ -178,7 +177,7 @@ inline const Tensor& undefined() {
   return tensor;
 }
 
-// Uninitialised memory where the input is; dtype is an aoti_torch_dtype_*() code.
+// Uninitialised memory; dtype is an aoti_torch_dtype_*() code.
 inline Tensor allocate(const Device& device, Sizes sizes, Sizes strides, int32_t dtype) {
   AtenTensorHandle handle;
   BNEXT_SHIM(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
@@ -207,15 +206,14 @@ inline Tensor allocate_save_stats(const Input& x) {
   return allocate_matrix(x, 3, x.problem.c, aoti_torch_dtype_float64());
 }
 
-// Without rows where there is nothing to mask: an ahead-of-time compiled graph has no undefined
-// tensors, so whoever asks for a mask gets one.
+// Empty where there is nothing to mask: an ahead-of-time compiled graph has no undefined tensors,
+// so whoever asks for a mask gets one.
 inline Tensor allocate_mask(const Input& x) {
   const Problem& p = x.problem;
   if (!p.has_mask) return allocate(x.device, {0}, {1}, aoti_torch_dtype_uint8());
   return allocate_matrix(x, p.mask_rows(), p.mask_row_bytes(), aoti_torch_dtype_uint8());
 }
 
-// For the gradient of a parameter.
 inline Tensor allocate_grad(const Tensor& param, const Input& x) {
   return allocate_like(param, x.device, false);
 }

@@ -4,7 +4,7 @@
 //             shared memory, sums there, exchanges the sums, writes dx from shared memory.
 //   reduce    5E, or 3E where the L2 keeps the group: sums of each block's rows to the workspace;
 //   + apply   then every block joins its group's and writes its rows of dx.
-//   reduce    frozen statistics with gradients of the parameters, 3E: dx does not wait for the
+//   reduce    frozen statistics with gradients of the parameters, 3E: dx does not depend on the
 //   + finish  sums, so the reduction writes it.
 //   apply     frozen statistics, dx alone.
 #pragma once
@@ -38,8 +38,7 @@ __device__ inline double invstd_of(const BackwardCall& call, int64_t c) {
                          : args.save_stats[call.problem.c + c];
 }
 
-// The coefficients that need no sums; dx = a * dy where the statistics are frozen. Ends with a
-// barrier.
+// Sets the coefficients that need no sums; with frozen statistics dx = a * dy. Ends with a barrier.
 template <class C>
 __device__ inline void set_coefficients(const BackwardCall& call, int64_t channel0, int channels,
                                         BackwardCoefficients<C>* coefficients) {
@@ -54,14 +53,12 @@ __device__ inline void set_coefficients(const BackwardCall& call, int64_t channe
   sync_block();
 }
 
-// From sums to the gradients of the parameters.
 __device__ inline void write_param_grads(const BackwardCall& call, int64_t c,
                                          const GradSums& sums) {
   write(call.args.grad_weight, c, sums.dy_xmu * invstd_of(call, c));
   write(call.args.grad_bias, c, sums.dy);
 }
 
-// From sums to dx's coefficients of a channel.
 template <class C>
 __device__ inline InputGrad<C> input_grad_of(const BackwardCall& call, int64_t c,
                                              const GradSums& sums) {
@@ -70,7 +67,7 @@ __device__ inline InputGrad<C> input_grad_of(const BackwardCall& call, int64_t c
                             sums.dy / count, sums.dy_xmu / count);
 }
 
-// Both, from sums about the rounded mean; `writes`: one block of a team writes to global memory.
+// Both, from sums about the rounded mean. `writes`: only one block of a team writes to memory.
 template <class C>
 __device__ inline InputGrad<C> finish_backward(const BackwardCall& call, int64_t c, GradSums sums,
                                                bool writes) {
@@ -80,11 +77,11 @@ __device__ inline InputGrad<C> finish_backward(const BackwardCall& call, int64_t
   return input_grad_of<C>(call, c, sums);
 }
 
-// Items in registers at once, of two operands.
+// Items in registers at once: there are two operands.
 template <class Source>
 inline constexpr int kTileItems = Source::kItems / 2;
 
-// Some of a thread's items in registers: dy behind the ReLU, and x.
+// Some of a thread's items in registers: x, and dy where the ReLU passed.
 template <class T, int V, int kCount>
 struct GradTile {
   static constexpr int kItems = kCount;
@@ -104,7 +101,7 @@ __device__ inline bool passes(const BackwardCall& call, const Items& items, cons
   return own_mask_bits<V>(call.args.mask[items.mask_offset(item)]) >> v & 1;
 }
 
-// Loads the items k, k + direction, ... that lie in [first, last), and takes dy through the ReLU.
+// Loads the items k, k + direction, ... in [first, last), and zeroes dy where the ReLU blocked.
 template <class T, int V, class Items, class Source>
 __device__ inline void load_tile(const BackwardCall& call, const Items& items,
                                  const Affine<compute_t<T>> (&affine)[Items::kBins],
@@ -137,7 +134,7 @@ __device__ inline void load_tile(const BackwardCall& call, const Items& items,
     }
 }
 
-// Sums the products that for_each() lists in accumulators of A; true where A was wide enough.
+// Sums what for_each() lists, in accumulators of type A; returns whether A was wide enough.
 template <class A, class C, class ForEach>
 __device__ inline bool sum_products(C mean, const ForEach& for_each, GradSums& sums) {
   A dy_sum = 0, dy_xmu_sum = 0;
@@ -177,7 +174,7 @@ __device__ inline void add_tile(ThreadGradSums<kBins>& sums, const GradTile<T, V
   }
 }
 
-// Sums the bins that did not fit in floats again, in double.
+// Sums again, in double, the bins that did not fit in floats.
 template <class T, int V, class Items, class Source>
 __device__ inline void settle(const BackwardCall& call, const Items& items,
                               const Affine<compute_t<T>> (&affine)[Items::kBins], const Source& x,
@@ -250,13 +247,13 @@ struct BinCoefficients {
         const BackwardCoefficients<C>& of_channel = coefficients[items.channel(bin) - channel0];
         affine[bin] = of_channel.affine;
         grad[bin] = of_channel.grad;
-        grad[bin].mean = affine[bin].mean;  // the same value in the same register
+        grad[bin].mean = affine[bin].mean;  // equal already; now they share a register
       }
   }
 };
 
-// Adds items [first, last) of a thread to the sums of its bins; with kWritesFrozen, where the
-// statistics are frozen, it also writes their dx.
+// Adds items [first, last) of a thread to the sums of its bins. With kWritesFrozen and frozen
+// statistics it also writes their dx.
 template <class T, int V, bool kWritesFrozen, class Items, class Source>
 __device__ inline void add_items(const BackwardCall& call, const Items& items,
                                  const BinCoefficients<compute_t<T>, Items::kBins>& bins, int first,
@@ -304,7 +301,7 @@ __global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
   Pack<T, V>* const dy_slab = x_slab + slab_items;
   auto* const coefficients = static_cast<BackwardCoefficients<C>*>(shared.coefficients);
   const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
-  // As many turns for every block: those without a group still meet the others.
+  // All blocks take equally many turns: one without a group still has to meet the others.
   for (int64_t turn = 0; turn * plan.teams < plan.groups; ++turn) {
     const int64_t group = turn * plan.teams + team, channel0 = group * plan.group;
     const int channels = channels_of(call.problem, plan, group);

@@ -1,6 +1,6 @@
-// What the hardware calls warp, cluster, distributed shared memory and asynchronous copy: the only
-// file that names them. Everything else in a kernel is threadIdx, blockIdx and arithmetic, so that
-// tests/native can run the same kernels on a CPU through an emulation of this file.
+// The only file that calls the hardware for warps, clusters, distributed shared memory and
+// asynchronous copies. The rest of a kernel is threadIdx, blockIdx and arithmetic, so tests/native
+// can run the same kernels on a CPU by emulating this file.
 #pragma once
 
 #ifndef __CUDACC__
@@ -33,8 +33,8 @@ __device__ inline void from_float(float x, bfloat16& y) {
   y = __float2bfloat16_rn(x);
 }
 
-// Barriers of all threads of a block, of a cluster's blocks, of a cooperative launch's blocks. Each
-// orders the memory they share: shared, distributed shared, global.
+// Barriers for the threads of a block, of a cluster and of a cooperative launch. Each orders the
+// memory that they share: shared, distributed shared, global.
 __device__ inline void sync_block() {
   __syncthreads();
 }
@@ -49,7 +49,7 @@ __device__ inline void sync_grid() {
   cooperative_groups::this_grid().sync();
 }
 
-// v of the thread of this warp whose number differs in the bits of `thread_bits`; all 32 call it.
+// The v of the thread whose index in the warp differs in `thread_bits`; all 32 threads call it.
 template <class T>
 __device__ inline T shuffle_xor(T v, int thread_bits) {
   return __shfl_xor_sync(0xffffffffu, v, thread_bits);
@@ -61,8 +61,7 @@ __device__ inline unsigned char* shared_memory() {
   return bytes;
 }
 
-// The same object in the shared memory of another block of this cluster; valid while that block
-// runs.
+// The same object in the shared memory of another block of the cluster, while that block runs.
 template <class T>
 __device__ inline T* in_block_of_cluster(T* shared, int rank) {
 #if __CUDA_ARCH__ >= 900
@@ -72,8 +71,8 @@ __device__ inline T* in_block_of_cluster(T* shared, int rank) {
 #endif
 }
 
-// Copies of 4, 8 or 16 aligned bytes from global to shared memory that run while the thread goes
-// on. After wait_for_copies the calling thread sees its own copies; others need a barrier as well.
+// Asynchronous copies of 4, 8 or 16 aligned bytes from global to shared memory. After
+// wait_for_copies the calling thread sees its own copies; other threads need a barrier too.
 template <int kBytes>
 __device__ inline void copy_async(void* shared, const void* global) {
   __pipeline_memcpy_async(shared, global, kBytes);
@@ -87,7 +86,7 @@ __device__ inline void wait_for_copies() {
   __pipeline_wait_prior(kPending);
 }
 
-// Accesses of 2, 4, 8 or 16 bytes; a load or store of T is one instruction.
+// Words of 2, 4, 8 or 16 bytes, which one instruction loads or stores.
 template <int kBytes>
 struct Word;
 template <>
@@ -107,7 +106,7 @@ struct Word<16> {
   using type = uint4;
 };
 
-// Loads and stores of what this kernel does not touch again: the first to leave the caches.
+// For data that this kernel does not touch again: it is the first to leave the caches.
 template <class T>
 __device__ inline T load_streaming(const T* global) {
   using W = typename Word<sizeof(T)>::type;
@@ -132,7 +131,7 @@ template <class Args>
 inline cudaError_t launch(void (*kernel)(Args), const LaunchShape& shape, void* stream,
                           const Args& args) {
   cudaError_t error = cudaSuccess;
-  if (shape.shared_bytes > 48 * 1024)  // beyond what every GPU grants unasked
+  if (shape.shared_bytes > 48 * 1024)  // more than a GPU grants unasked
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                  static_cast<int>(shape.shared_bytes));
   if (error == cudaSuccess && shape.cluster_blocks > 8)  // beyond the portable size

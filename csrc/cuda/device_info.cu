@@ -8,7 +8,7 @@ namespace {
 
 __global__ void empty_kernel() {}
 
-// Whether clusters of so many of the largest blocks can run on the current device.
+// Whether clusters of this many of the largest blocks can run on the current device.
 bool admits_cluster(const CudaInfo& info, int blocks) {
   cudaLaunchAttribute attribute;
   attribute.id = cudaLaunchAttributeClusterDimension;
@@ -21,7 +21,7 @@ bool admits_cluster(const CudaInfo& info, int blocks) {
   config.numAttrs = 1;
   int clusters = 0;
   const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, empty_kernel, &config);
-  if (error != cudaSuccess) cudaGetLastError();  // an answer, not a failure to be found later
+  if (error != cudaSuccess) cudaGetLastError();  // forget it: an answer, not a failure
   return error == cudaSuccess && clusters > 0;
 }
 

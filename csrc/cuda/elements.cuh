@@ -69,7 +69,7 @@ struct alignas(sizeof(T) * V) Pack {
       units[v] = element;
     }
   }
-  // Element v becomes zero where it does not pass.
+  // Sets element v to zero unless it passes.
   __device__ void keep(int v, bool passes) {
     if constexpr (kPairs) {
       if (!passes) units[v / 2] &= v % 2 ? 0xffffu : 0xffff0000u;
@@ -93,11 +93,11 @@ __device__ inline void write(ParamOut p, int64_t c, double value) {
   });
 }
 
-// The threads whose items share a byte of the mask lie side by side (see RowItems, ColumnItems).
+// Threads whose items share a byte of the mask are adjacent (see RowItems, ColumnItems).
 template <int V>
 inline constexpr int kThreadsPerMaskByte = kMaskBits / V;
 
-// The byte that the V bits of this thread and of its neighbours make up; whole warps call it.
+// The byte made of the V bits of this thread and of its neighbours; whole warps call it.
 template <int V>
 __device__ inline unsigned join_mask_bits(unsigned bits) {
   constexpr int kThreads = kThreadsPerMaskByte<V>;

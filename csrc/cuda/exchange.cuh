@@ -1,6 +1,5 @@
-// How partial results meet: threads of a block, then blocks of a team, always in the same order, so
-// that results are the same bit for bit. P is Moments<double> or GradSums, with join() and
-// shuffled().
+// Joins partial results of the threads of a block, then of the blocks of a team, always in the same
+// order, so results are the same bit for bit. P is Moments<double> or GradSums.
 #pragma once
 
 #include "items.cuh"
@@ -27,7 +26,7 @@ __device__ inline SharedLayout shared_layout(const CudaPlan& plan, int64_t slab_
 }
 
 // Joins the partial results of a block's threads and leaves them in partials[bin of the group].
-// Threads of one bin fold in rounds of as many as the scratch memory holds.
+// In each round as many threads of a bin give their sums away as the scratch memory holds.
 template <class P, class Sums, class Items>
 __device__ inline void join_threads(const Sums& thread_sums, const Items& items,
                                     const CudaPlan& plan, const SharedLayout& shared) {
@@ -75,7 +74,7 @@ __device__ inline void join_entries(const CudaPlan& plan, int channels, int64_t 
   }
 }
 
-// join_entries over the bins of each channel, of this block.
+// join_entries over this block's bins of each channel.
 template <class P, class Finish>
 __device__ inline void join_bins(const CudaPlan& plan, const SharedLayout& shared, int channels,
                                  const Finish& finish) {
@@ -86,8 +85,8 @@ __device__ inline void join_bins(const CudaPlan& plan, const SharedLayout& share
       finish);
 }
 
-// This block's partial results by channel, in shared memory after join_threads: what it tells
-// others. Ends with a barrier where there was something to do.
+// This block's partial results by channel, in shared memory, for other blocks. Call it after
+// join_threads. Ends with a barrier if it joined bins.
 template <class P>
 __device__ inline P* partials_of_channels(const CudaPlan& plan, const SharedLayout& shared,
                                           int channels) {
@@ -98,7 +97,7 @@ __device__ inline P* partials_of_channels(const CudaPlan& plan, const SharedLayo
   return joined;
 }
 
-// Where the partial results of a block of a team lie in the workspace.
+// A block's partial results in the workspace.
 template <class P>
 __device__ inline P* workspace_of(void* workspace, const CudaPlan& plan, int64_t team,
                                   int64_t rank) {
@@ -124,14 +123,14 @@ __device__ inline void join_published(const CudaPlan& plan, void* workspace, int
       finish);
 }
 
-// Tells this block's partial results to its team, and joins the team's for finish(). `turn` counts
+// Shows this block's partial results to its team and joins the team's for finish(). `turn` counts
 // the exchanges of this launch. Ends with a barrier.
 template <class P, class Finish>
 __device__ inline void exchange(const CudaPlan& plan, const SharedLayout& shared, void* workspace,
                                 int channels, int64_t team, int64_t rank, int64_t turn,
                                 const Finish& finish) {
   if (plan.team == Team::kGrid) {
-    // Two turns apart no block still reads what this one writes: all have met in between.
+    // All blocks meet in every turn, so none still reads what this one wrote two turns ago.
     const int64_t slot = turn % 2 * plan.teams + team;
     publish<P>(plan, shared, channels, workspace_of<P>(workspace, plan, slot, rank));
     sync_grid();
@@ -143,7 +142,7 @@ __device__ inline void exchange(const CudaPlan& plan, const SharedLayout& shared
     join_entries<P>(
         plan, channels, plan.team_blocks,
         [&](int channel, int from) { return in_block_of_cluster(own, from)[channel]; }, finish);
-    sync_cluster();  // no block leaves, or writes its partials again, while another reads them
+    sync_cluster();  // no block exits or overwrites its partials while another reads them
   } else {
     join_bins<P>(plan, shared, channels, finish);
     sync_block();

@@ -16,8 +16,8 @@ namespace bnext {
 
 using ForwardCall = Call<ForwardArgs>;
 
-// The weight of this batch in the running statistics. The count of a cumulative average has been
-// raised by a launch before.
+// The weight of this batch in the running statistics. For a cumulative average, an earlier launch
+// has already counted it.
 __device__ inline double averaging_factor(const ForwardArgs& args) {
   if (!args.cumulative) return args.momentum;
   return args.num_batches_tracked ? 1 / static_cast<double>(*args.num_batches_tracked) : 0;
@@ -28,7 +28,7 @@ __device__ inline void count_batch(const ForwardArgs& args) {
     ++*args.num_batches_tracked;
 }
 
-// From statistics to what outlives the call.
+// What outlives the call.
 __device__ inline void save_statistics(const ForwardCall& call, int64_t c, double mean,
                                        double invstd) {
   call.args.save_stats[c] = mean;
@@ -46,14 +46,13 @@ __device__ inline void update_running(const ForwardArgs& args, int64_t c,
   update(args.running_var, m.m2 / (m.count - 1));  // unbiased
 }
 
-// From statistics to the coefficients of a channel.
 template <class C>
 __device__ inline Affine<C> affine_of(const ForwardArgs& args, int64_t c, double mean,
                                       double invstd) {
   return make_affine<C>(mean, invstd, read(args.weight, c, 1), read(args.bias, c, 0));
 }
 
-// All of it; `writes`: one block of a team writes to global memory.
+// All of these. `writes`: only one block of a team writes to global memory.
 template <class C>
 __device__ inline Affine<C> finish_forward(const ForwardCall& call, int64_t c,
                                            const Moments<double>& m, bool writes) {
@@ -144,7 +143,7 @@ __device__ inline void add_items(const Items& items, int first, int last, const 
   }
 }
 
-// Sums the bins that did not fit in floats again, in double.
+// Sums again, in double, the bins that did not fit in floats.
 template <class T, int V, class Items, class Source>
 __device__ inline void settle(const Items& items, const Source& source,
                               ThreadMoments<Items::kBins>& sums) {
@@ -184,7 +183,7 @@ __global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
   auto* const coefficients = static_cast<Affine<C>*>(shared.coefficients);
   const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
   count_batch(call.args);
-  // As many turns for every block: those without a group still meet the others.
+  // All blocks take equally many turns: one without a group still has to meet the others.
   for (int64_t turn = 0; turn * plan.teams < plan.groups; ++turn) {
     const int64_t group = turn * plan.teams + team, channel0 = group * plan.group;
     const Items items(call.problem, plan, group, rank);
@@ -200,7 +199,7 @@ __global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
                                 coefficients[channel] =
                                     finish_forward<C>(call, channel0 + channel, m, rank == 0);
                               });
-    // The barriers of join_threads stand before the coefficients of the next turn.
+    // join_threads has barriers before the next turn writes its coefficients.
     apply_forward<T, V>(call, items, coefficients, channel0, source);
   }
 }

@@ -1,4 +1,4 @@
-// Which elements a thread owns: the matrix of CudaPlan (csrc/plan.h) in device arithmetic.
+// Which elements a thread owns: the matrix of CudaPlan (plan.h) in device arithmetic.
 //
 //   rows (NCHW), group of 2 channels, 128 threads:     columns (channels_last), V = 4:
 //        item 0   item 1  ...                               bins 0-3  bins 4-7  ...
@@ -34,13 +34,13 @@ __device__ inline RowRange rows_of(const CudaPlan& plan, int64_t rank) {
                                                                : plan.rows_per_block)};
 }
 
-// The channels of a group: the last one has fewer, a team without a group none.
+// How many channels a group has: the last one has fewer, a team without a group has none.
 __device__ inline int channels_of(const Problem& problem, const CudaPlan& plan, int64_t group) {
   const int64_t left = problem.c - group * plan.group;
   return static_cast<int>(left < 0 ? 0 : left < plan.group ? left : plan.group);
 }
 
-// An item as its row in the block's range and its place in the row.
+// An item, by its row in the block's range and its place in that row.
 struct Item {
   int row, place;
 };
@@ -52,8 +52,8 @@ template <int V>
 class RowItems {
  public:
   static constexpr int kElements = V;
-  static constexpr int kBins = 1;            // whose sums a thread keeps
-  static constexpr bool kWholeWarps = true;  // a warp's threads share them
+  static constexpr int kBins = 1;            // bins whose sums a thread keeps
+  static constexpr bool kWholeWarps = true;  // the threads of a warp share them
 
   __device__ RowItems(const Problem& problem, const CudaPlan& plan, int64_t group, int64_t rank)
       : problem_(problem),
@@ -96,14 +96,14 @@ class RowItems {
     return row_of_memory(item) * problem_.hw + segment_start(item) +
            static_cast<int64_t>(item.place) * V;
   }
-  // Bytes before the item's in the ReLU mask.
+  // Bytes before the item's in the mask.
   __device__ int64_t mask_offset(const Item& item) const {
     return row_of_memory(item) * problem_.mask_row_bytes() +
            (segment_start(item) + static_cast<int64_t>(item.place) * V) / kMaskBits;
   }
   __device__ int64_t channel(int) const { return channel_; }
 
-  // Where a thread's sums meet those of others: the bin of the group, and its place among the
+  // How a thread's sums join those of others: its first bin in the group, and its place among the
   // threads of that bin once each warp has joined its own.
   __device__ int first_bin() const { return threadIdx.x / threads_; }
   __device__ int joining_threads() const { return threads_ / kWarpThreads; }
@@ -132,7 +132,7 @@ class RowItems {
   Item step_;
 };
 
-// Items of one column: V adjacent bins, down the rows. Threads beyond whole rows of items idle.
+// Items of one column: V adjacent bins, down the rows. Threads left over from whole rows idle.
 template <int V>
 class ColumnItems {
  public:

@@ -12,7 +12,7 @@ __global__ void count_kernel(int64_t* num_batches_tracked) {
 
 int launch(const CudaPlan& plan, const Problem& problem, const ForwardArgs& args, void* workspace,
            void* stream) {
-  // The cumulative average needs the new count on every block: a launch of its own raises it.
+  // For a cumulative average every block needs the new count, so a launch of its own raises it.
   if (args.num_batches_tracked && args.cumulative)
     if (const int error = launch_count(args.num_batches_tracked, stream)) return error;
   return visit_dtype<bfloat16, float16>(problem.dtype, [&](auto t) {

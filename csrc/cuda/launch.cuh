@@ -1,5 +1,4 @@
-// From a plan to a kernel's instantiation and its launch; included by the launch files, one for
-// each direction and dtype.
+// Finds the kernel instantiation for a plan. Included by the launch files, one per direction.
 #pragma once
 
 #include <type_traits>
@@ -9,8 +8,7 @@
 
 namespace bnext {
 
-// The accesses that kernels are compiled for: 16 bytes, half as much where rows allow no more, and
-// single elements.
+// Kernels are compiled for accesses of 8, 4 and 1 elements, of at most 16 bytes.
 template <class T, class F>
 inline cudaError_t with_vector(int vector, const F& f) {
   if constexpr (sizeof(T) == 2) {
@@ -49,7 +47,6 @@ inline cudaError_t for_each_range(const CudaPlan& plan, const F& f) {
   return error;
 }
 
-// For elements of T.
 template <class T>
 cudaError_t launch_as(const CudaPlan& plan, const Problem& problem, const ForwardArgs& args,
                       void* workspace, void* stream);

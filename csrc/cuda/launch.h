@@ -1,6 +1,6 @@
-// The launchers of the CUDA kernels. Includes no torch and no CUDA: results are cudaError_t codes,
-// 0 for success; streams are cudaStream_t. Pointers in arguments are
-// device memory of the current device. Nothing here waits for the GPU or allocates.
+// The launchers of the CUDA kernels. Includes no torch and no CUDA: results are cudaError_t codes
+// (0 for success), streams are cudaStream_t, and pointers in arguments point to memory of the
+// current device. Nothing here waits for the GPU or allocates.
 #pragma once
 
 #include "plan.h"
@@ -13,7 +13,7 @@ int launch(const CudaPlan& plan, const Problem& problem, const ForwardArgs& args
 int launch(const CudaPlan& plan, const Problem& problem, const BackwardArgs& args, void* workspace,
            void* stream);
 
-// One more batch, where there is nothing to normalise.
+// Adds 1 to the counter.
 int launch_count(int64_t* num_batches_tracked, void* stream);
 
 }  // namespace bnext

@@ -1,5 +1,4 @@
-// The launches of the backward kernels for one dtype, BNEXT_TYPE: compiled once for each
-// (setup.py).
+// Launches the backward kernels for one dtype, BNEXT_TYPE; setup.py compiles this file for each.
 #include "backward.cuh"
 #include "launch.cuh"
 

@@ -1,4 +1,4 @@
-// The launches of the forward kernels for one dtype, BNEXT_TYPE: compiled once for each (setup.py).
+// Launches the forward kernels for one dtype, BNEXT_TYPE; setup.py compiles this file for each.
 #include "forward.cuh"
 #include "launch.cuh"
 

@@ -1,4 +1,4 @@
-// The CUDA ops: how a checked call runs. Includes the LibTorch stable ABI, and no CUDA header.
+// The CUDA ops: how a checked call runs. Includes the LibTorch stable ABI but no CUDA header.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
@@ -11,7 +11,7 @@
 #include "device_info.h"
 #include "launch.h"
 
-// Weak: it is in libtorch_cuda, and this extension is to load where torch has none.
+// Weak: it is in libtorch_cuda, and this extension must load under a torch without that library.
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
@@ -42,8 +42,7 @@ void* current_stream(int device) {
   return stream;
 }
 
-// Alignment common to all pointers, in bytes: it bounds the width of an access. Null pointers have
-// any alignment.
+// The alignment common to all pointers but null ones, in bytes; it bounds the width of an access.
 int common_alignment(std::initializer_list<const void*> pointers) {
   uintptr_t bits = 16;
   for (const void* pointer : pointers) bits |= reinterpret_cast<uintptr_t>(pointer);

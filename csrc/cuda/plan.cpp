@@ -1,11 +1,10 @@
-// The CUDA plan and its thresholds. No GPU has measured any of them yet: beside each stands the
+// The CUDA plan and its thresholds. None of them has been measured on a GPU yet; beside each is the
 // estimate it rests on. Estimates are for an H200: 132 SMs, 228 KiB of shared memory each, 60 MB of
 // L2, 4.2 TB/s reached of 4.8, 700 to 800 ns from a load to its data.
 //
-// Resident is right wherever it fits: 2E forward and 3E backward against 3E and 5E. What is left to
-// choose is how many blocks share a group of channels. Small teams exchange less, large ones hold
-// more and fill the GPU when channels are few; two blocks an SM let one load while the other
-// stores.
+// Resident is right wherever it fits: 2E forward and 3E backward against 3E and 5E. The choice left
+// is how many blocks share a group of channels. Small teams exchange less; large ones hold more and
+// fill the GPU when channels are few. With two blocks per SM one loads while the other stores.
 #include <algorithm>
 #include <cstdlib>
 #include <numeric>
@@ -18,43 +17,42 @@ namespace bnext {
 namespace {
 
 // A miss fills half a line of 128 bytes (2.75 TB/s in pieces of 64 bytes on an H100, 1.59 in pieces
-// of 32, 2.89 contiguous; measured by the quack project): no group is a narrower slab of memory.
+// of 32, 2.89 contiguous; measured by the quack project): no group is narrower in memory.
 constexpr int64_t kMinSlabBytes = 64;
-// A row shorter than a line is taken as columns, whatever vector divides it: a warp would touch a
-// line per thread.
+// A row shorter than a line is taken as columns, even if a vector divides it: by rows a warp would
+// touch a line per thread.
 constexpr int64_t kMinRowBytes = 128;
 // Rows are cut into segments of whole lines and whole mask bytes, and far from the limits of int.
 constexpr int64_t kSegmentUnit = 64;
 constexpr int64_t kMaxSegmentWidth = 1 << 16;
-// Items of a thread below which threads of a block are better spent on another channel: four loads
-// in flight.
+// With fewer items than this, four loads in flight, a thread is better spent on another channel.
 constexpr int64_t kMinItemsPerThread = 4;
 
 // The driver takes this much of an SM's shared memory for each block.
 constexpr int64_t kReservedSharedBytes = 1024;
-// A block with less of its own spends its time on starting and exchanging (1 to 2 us, in which an
-// SM moves 32 to 64 KiB): no team is enlarged beyond that.
+// A block that holds less spends its time on starting and exchanging (1 to 2 us, in which an SM
+// moves 32 to 64 KiB), so no team grows until its blocks hold less.
 constexpr int64_t kMinBlockBytes = 16 * 1024;
 constexpr int64_t kPortableClusterBlocks = 8;
 // A larger cluster needs 16 free SMs in one GPC, which strands SMs (apex saw fewer resident
 // blocks): only where a channel fits no other way.
 constexpr int64_t kLargeClusterBlocks = 16;
-// Busy SMs, of all, that are enough: a memory-bound SM left alone draws about twice its share.
+// Which share of the SMs must be busy: beside idle ones, a memory-bound SM draws twice its share.
 constexpr double kEnoughBalance = 0.75, kPoorBalance = 0.5;
 // A grid's barrier costs about 2 us, in which an SM moves 64 KiB: where clusters leave more than
 // half of the SMs idle (kPoorBalance) and blocks hold more than that, a grid is better.
 constexpr int64_t kGridMinBlockBytes = 64 * 1024;
-// What each block of a team reads of the others' partial results: at most what it has in flight
-// anyway, about 1 us. Wider slabs than the narrowest are not worth more.
+// The most that a block may read of its team's partial results: what it has in flight anyway, about
+// 1 us. Only for groups wider than the narrowest; the narrowest may exceed it.
 constexpr int64_t kMaxExchangeBytes = 32 * 1024;
 
-// Streaming: two blocks an SM, with a tail of less than this share of them.
+// Streaming: two blocks per SM, and enough of them to keep this share of the slots busy.
 constexpr int64_t kStreamBlocksPerSm = 2;
 constexpr double kStreamBalance = 0.85;
-// The L2 is two halves, and a line that both sides read may be in both: half is counted on.
+// The L2 has two halves, and a line that both sides read may be in both: we count on half of it.
 constexpr int64_t kL2Share = 2;
-// Two more launches for what the L2 keeps: they cost about 4 us, in which memory moves 128 KiB an
-// SM; where the L2 keeps less, all groups share one pair of launches.
+// Each range of groups that the L2 keeps takes two launches, about 4 us, in which memory moves
+// 128 KiB per SM. Where the L2 keeps less than that, all groups share one pair of launches.
 constexpr int64_t kRangeBytesPerSm = 128 * 1024;
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;
 
@@ -87,8 +85,8 @@ std::vector<int> vectors(const Problem& p) {
   return fit;
 }
 
-// Channels of the narrowest group of columns: whole mask bytes and items, no narrower slab than
-// memory likes, or all channels.
+// Channels of the narrowest group of columns: at least kMinSlabBytes wide and in whole mask bytes
+// and items, or all channels.
 int64_t least_columns_group(const Problem& p, int64_t bins_per_channel) {
   const int64_t unit = kMaskBits / std::gcd<int64_t>(bins_per_channel, kMaskBits);
   const int64_t bytes = unit * bins_per_channel * element_size(p.dtype);
@@ -109,7 +107,7 @@ std::vector<int64_t> column_groups(const Problem& p, int64_t bins_per_channel, i
   return groups;
 }
 
-// Channels that are few items each share a block, as long as blocks fill the GPU.
+// Channels of few items share a block, as long as the blocks still fill the GPU.
 int64_t row_group(const Problem& p, const CudaInfo& cuda, int vector) {
   const int64_t items = p.n * ceil_div(p.hw, kMaskBits) * (kMaskBits / vector);
   constexpr int kThreads = kMaxCudaThreads / 2;
@@ -138,7 +136,7 @@ Layout choose_layout(const Problem& p, const CudaInfo& cuda) {
   throw std::invalid_argument("bnext: no vector divides the rows");  // 1 does
 }
 
-// Segments that a row is cut into so that a team's blocks own about the same, and not more.
+// The width at which a team's blocks own about the same, with no more segments than that takes.
 int64_t choose_segment_width(const Problem& p, int64_t team_blocks) {
   int64_t best = 0, least = 0;
   for (int64_t segments = ceil_div(p.hw, kMaxSegmentWidth);; segments *= 2) {
@@ -165,7 +163,7 @@ int64_t items_of_thread(const CudaPlan& plan, int64_t row_items, int64_t threads
              : ceil_div(plan.rows_per_block, threads / plan.columns);
 }
 
-// Down to three quarters of the threads, where that leaves fewer slots of the slab empty.
+// Uses fewer threads, down to three quarters, where that leaves fewer slots of the slab empty.
 void fit_threads(CudaPlan& plan, int64_t row_items) {
   const int most = plan.threads;
   int64_t least_slots = 0;
@@ -180,8 +178,8 @@ void fit_threads(CudaPlan& plan, int64_t row_items) {
   }
 }
 
-// Groups of `group` channels for teams of `team_blocks`. All but the family, the team's kind and
-// what goes with them is set.
+// Cuts the work into groups of `group` channels for teams of `team_blocks`. The caller sets the
+// family, the kind of team and what goes with them.
 CudaPlan cut(const Problem& p, const Layout& layout, int64_t group, int64_t team_blocks,
              int threads, bool resident) {
   CudaPlan plan{};
@@ -222,8 +220,8 @@ int64_t exchange_bytes(const CudaPlan& plan) {
 
 using Found = std::optional<CudaPlan>;
 
-// Teams of [least, most] blocks, one or a cluster: the smallest that leave room for two blocks an
-// SM and keep the SMs busy, or as busy as they get.
+// Teams of one block or a cluster, of [least, most] blocks: the smallest that leave room for two
+// blocks per SM and keep enough SMs busy, else the busiest.
 Found resident_in_clusters(const Problem& p, const Layout& layout, const CudaInfo& cuda,
                            int64_t least, int64_t most) {
   struct Size {
@@ -260,8 +258,8 @@ Found resident_in_clusters(const Problem& p, const Layout& layout, const CudaInf
   return std::nullopt;
 }
 
-// Teams of as many blocks as share out all SMs, one block each: a cooperative launch fails rather
-// than let some of its blocks wait. `least_bytes`: of a block.
+// Teams of as many blocks as there are SMs to share, one block each, because a cooperative launch
+// fails rather than let some of its blocks wait. A block holds at least `least_bytes`.
 Found resident_in_grid(const Problem& p, const Layout& layout, const CudaInfo& cuda,
                        int64_t least_bytes) {
   for (const int64_t group : layout.groups) {
@@ -306,7 +304,7 @@ Found resident(const Problem& p, const Layout& layout, const CudaInfo& cuda,
   return grid ? grid : clusters;
 }
 
-// Blocks per group so that `groups` of them fill the slots.
+// How many blocks each of `groups` groups gets, to fill the slots.
 int64_t choose_splits(int64_t groups, int64_t slots, int64_t most) {
   const int64_t least = std::clamp<int64_t>(slots / groups, 1, most);
   int64_t best = least;
@@ -332,7 +330,7 @@ CudaPlan streaming(const Problem& p, const Layout& layout, const CudaInfo& cuda)
     CudaPlan plan = cut(p, layout, group, splits, full_block(layout), false);
     plan.team_blocks = ceil_div(plan.rows, plan.rows_per_block);  // none without rows
     plan.groups_per_launch = plan.teams = launched;
-    // Without a second read: the sums, then the gradients of the parameters.
+    // Without a second read there are two: the sums, then the gradients of the parameters.
     plan.launches = !reduces ? 1 : rereads ? 2 * ranges : 2;
     return plan;
   };

@@ -8,7 +8,7 @@
 namespace bnext {
 
 struct CudaInfo {
-  int capability;  // compute capability times 10: 80, 90, 100, 120; for reports, no plan reads it
+  int capability;  // compute capability times 10, as in 90; only for reports: no plan reads it
   int sms;
   int64_t shared_bytes_per_sm, shared_bytes_per_block;  // the latter with the opt-in attribute
   int64_t l2_bytes;
@@ -42,7 +42,7 @@ inline std::string to_string(Team team) {
 //            samples (short rows: a bin is one pixel of a channel). A group is `group_bins`
 //            adjacent bins = columns of items; thread t owns item column t % columns and takes
 //            rows t / columns, + threads / columns, ...
-// A block of a team owns rows_per_block adjacent rows of the group, the last one fewer.
+// A block of a team owns rows_per_block adjacent rows of the group; the last block has fewer.
 struct CudaPlan {
   Family family;
   IndexMap map;
@@ -52,11 +52,11 @@ struct CudaPlan {
   int64_t bins_per_channel;         // columns: HW where short rows are taken as columns, else 1
   int64_t rows;                     // of the matrix
   int64_t segments, segment_width;  // rows: of a sample's channel
-  int64_t group;                    // channels of a group, the last one fewer
+  int64_t group;                    // channels of a group; the last one has fewer
   int64_t groups;
   int64_t columns;  // columns: items of a group side by side
   int64_t team_blocks;
-  int64_t teams;  // at work side by side; each takes every teams-th group
+  int64_t teams;  // at work at once; each takes every teams-th group
   int64_t rows_per_block;
   int64_t items_per_thread;   // resident: what a thread keeps of each operand
   int64_t groups_per_launch;  // streaming: what the L2 keeps from the first read to the second
@@ -96,10 +96,9 @@ struct CudaPlan {
   bool operator==(const CudaPlan&) const = default;
 };
 
-// What kernels and plan agree on.
 inline constexpr int kMaxCudaThreads = 512;
-// Threads that have registers enough for the sums and coefficients of their bins: 128 each of an
-// SM's 65536, 168 for four bins, 255 for eight.
+// How many threads find registers for the sums and coefficients of their bins among an SM's 65536:
+// 128 each, 168 for four bins, 255 for eight.
 constexpr int max_cuda_threads(IndexMap map, int vector) {
   return map == IndexMap::kRows || vector == 1 ? kMaxCudaThreads : vector == 4 ? 384 : 256;
 }
@@ -113,8 +112,8 @@ inline constexpr int64_t kCoefficients = 8;
 // Shared memory for joining the threads of a block: partial results of this many bins.
 inline constexpr int64_t kJoinBins = 512;
 
-// What the user insists on, for tests and measurements; it counts where there is a choice, in
-// training. A family or team that cannot serve is an error.
+// What the user forces, for tests and measurements. It only counts in training, where there is a
+// choice. A family or team that cannot serve is an error.
 struct CudaChoice {
   std::optional<Family> family;  // kResident or kStreaming
   std::optional<Team> team;      // of the resident family: not kStream

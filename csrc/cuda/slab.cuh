@@ -1,7 +1,6 @@
-// Where the elements of a thread's items are: in shared memory, or global.
-//
-// A slab is a thread's own store: slot k of thread t holds its k-th item, so neighbours access
-// neighbouring banks, and no barrier is needed between a thread's copy and its reading.
+// Where the elements of a thread's items are: in global memory, or in a slab of shared memory. Slot
+// k of thread t holds its k-th item, so adjacent threads access adjacent banks, and a thread needs
+// no barrier to read what it copied.
 #pragma once
 
 #include "items.cuh"
@@ -10,7 +9,7 @@ namespace bnext {
 
 template <class T, int V>
 struct SharedSource {
-  // Items in registers at once: shared memory has low latency.
+  // Items in registers at once. Few will do: shared memory has low latency.
   static constexpr int kItems = sizeof(Pack<T, V>) >= 16 ? 2 : 4;
 
   const Pack<T, V>* slab;
@@ -22,7 +21,7 @@ struct SharedSource {
 
 template <class T, int V>
 struct GlobalSource {
-  // As many as keep memory busy.
+  // Enough to keep memory busy.
   static constexpr int kItems = sizeof(Pack<T, V>) >= 16 ? 4 : 8;
 
   const T* data;
@@ -31,7 +30,7 @@ struct GlobalSource {
   }
 };
 
-// Batches that a slab is loaded in: the reduction of one runs while the next are on their way.
+// A slab is loaded in this many batches: one is reduced while the next are on their way.
 inline constexpr int kBatches = 4;
 
 // Copies a thread's items of each operand into its slab, and calls reduce(first, last) for ranges

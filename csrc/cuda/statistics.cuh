@@ -1,6 +1,6 @@
-// A thread's sums over its items: tiles in registers, joined in double. Floats over- and underflow
-// where their squares do (1e19, 1e-19): such a bin is summed again in double, once all is there,
-// so the rare path costs the common one no registers.
+// A thread's sums over its items: tiles in registers, joined in double. Floats over- or underflow
+// where their squares do (1e19, 1e-19). Such a bin is summed again in double once all of it is
+// there, so the rare path costs the common one no registers.
 #pragma once
 
 #include "../formulas.h"
@@ -25,16 +25,16 @@ __device__ inline bool fits_float(double) {
   return true;
 }
 
-// Joins moments of which either may be empty.
+// Joins two moments; either may be empty.
 __device__ inline Moments<double> join(const Moments<double>& a, const Moments<double>& b) {
   return a.count == 0 ? b : b.count == 0 ? a : combine(a, b);
 }
 
-// GradSums with the mean rounded to the compute type.
+// The sums of a thread's bins, about the mean rounded to the compute type.
 template <int kBins>
 struct ThreadGradSums {
   GradSums bins[kBins] = {};
-  unsigned unfit = 0;  // bins of which a float sum over- or underflowed
+  unsigned unfit = 0;  // bins with a float sum that over- or underflowed
 
   __device__ const GradSums& of(int bin) const { return bins[bin]; }
 };
@@ -51,19 +51,19 @@ __device__ inline GradSums shuffled(const GradSums& s, int thread_bits) {
   return {shuffle_xor(s.dy, thread_bits), shuffle_xor(s.dy_xmu, thread_bits)};
 }
 
-// The moments of a thread's bins, of as many values each.
+// The moments of a thread's bins, which have equally many values.
 template <int kBins>
 struct ThreadMoments {
   double count = 0;
   double mean[kBins] = {}, m2[kBins] = {};
-  unsigned unfit = 0;  // bins of which a float sum over- or underflowed
+  unsigned unfit = 0;  // bins with a float sum that over- or underflowed
 
   __device__ Moments<double> of(int bin) const { return {count, mean[bin], m2[bin]}; }
 };
 
-// Moments of the values for which `for_each` calls its argument: two passes, in accumulators of A.
-// The second also sums the deviations themselves, which takes away the rounding of the first's
-// mean: a constant has exactly that mean, and no variance. `fits`: A was wide enough.
+// The moments of the values that `for_each` passes to its argument, by two passes with accumulators
+// of type A. The second also sums the deviations, which removes the rounding of the first's mean: a
+// constant has exactly that mean and no variance. `fits`: whether A was wide enough.
 template <class A, class ForEach>
 __device__ inline Moments<double> two_pass(int count, const ForEach& for_each, bool& fits) {
   A sum = 0;
@@ -76,17 +76,17 @@ __device__ inline Moments<double> two_pass(int count, const ForEach& for_each, b
     squares = fma(d, d, squares);
   });
   fits = fits_float(squares);
-  if (!fits && squares == 0) {  // one value all over, or an underflow
+  if (!fits && squares == 0) {  // all values are equal, or an underflow
     fits = true;
     for_each([&](auto x) { fits &= static_cast<A>(x) == center; });
   }
   A error = deviations * inverse_n;
-  error = fma(fma(-error, n, deviations), inverse_n, error);  // the exact quotient, where it is one
+  error = fma(fma(-error, n, deviations), inverse_n, error);  // exact, if the quotient is
   return {static_cast<double>(n), static_cast<double>(center) + static_cast<double>(error),
           static_cast<double>(fma(-error * n, error, squares))};
 }
 
-// Adds a tile to the moments of a thread's bins: one for all elements, or one for each of V.
+// Adds a tile to the moments of a thread's bins: one bin for all elements, or one for each of V.
 template <class T, int V, int kItems, int kBins>
 __device__ inline void add_tile(ThreadMoments<kBins>& sums, const Tile<T, V, kItems>& tile) {
   int items = 0;

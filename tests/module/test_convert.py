@@ -204,3 +204,78 @@ def test_redundant_biases_are_those_that_only_a_batch_norm_reads(change) -> None
     convs = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
     gradients = {name: m.bias.grad for name, m in convs.items() if m.bias is not None}
     assert {n for n, g in gradients.items() if g.norm() < 1e-4} == {*report.redundant_biases}
+
+
+class Activated(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).relu()
+
+
+class Adds(bnext.BatchNorm2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x
+
+
+class Calls(nn.Module):
+    """A forward given as a function of (a convolution, a batch norm, the input)."""
+
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.conv, self.bn, self.function = nn.Conv2d(3, 3, 1), bnext.BatchNormAct2d(3), function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(self.conv, self.bn, x)
+
+
+def sequence(
+    conv: nn.Module | None = None, bn: nn.Module | None = None, change=lambda conv, bn: None
+) -> nn.Sequential:
+    model = nn.Sequential(conv or nn.Conv2d(3, 3, 1), bn or nn.BatchNorm2d(3), nn.Sigmoid())
+    change(*model[:2])
+    return model
+
+
+def own_forward(model: nn.Sequential) -> nn.Sequential:
+    model.forward = lambda x: model[1](model[0](x).relu()).sigmoid()
+    return model
+
+
+# name -> (model, whether only a batch norm reads the bias)
+BIASES = {
+    "plain": (sequence, True),
+    "synchronised": (lambda: sequence(bn=bnext.SyncBatchNorm(3)), True),
+    "convolution's own forward": (lambda: sequence(Activated(3, 3, 1)), False),
+    "batch norm's own forward": (lambda: sequence(bn=Adds(3)), False),
+    "hook on the convolution": (
+        lambda: sequence(change=lambda conv, _: conv.register_forward_hook(
+            lambda module, args, output: output.relu())), False),
+    "hook before the batch norm": (
+        lambda: sequence(change=lambda _, bn: bn.register_forward_pre_hook(
+            lambda module, args: (args[0].relu(),))), False),
+    "hook after the batch norm": (
+        lambda: sequence(change=lambda _, bn: bn.register_forward_hook(
+            lambda module, args, output: output + args[0])), False),
+    "sequence's own forward": (lambda: own_forward(sequence()), False),
+    "called": (lambda: Calls(lambda conv, bn, x: bn(conv(x), x).sigmoid()), True),
+    "called by name": (lambda: Calls(lambda conv, bn, x: bn(input=conv(x)).sigmoid()), True),
+    "residual": (lambda: Calls(lambda conv, bn, x: bn(x, conv(x))), False),
+    "residual by name": (lambda: Calls(lambda conv, bn, x: bn(x, residual=conv(x))), False),
+    "bias itself": (lambda: Calls(lambda conv, bn, x: bn(conv(x)) + conv.bias.sum()), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_a_bias_is_redundant_where_its_gradient_is_zero(name) -> None:
+    make, redundant = BIASES[name]
+    model = make()
+    report = bnext.conversion_report(model, fuse=True)
+    assert len(report.redundant_biases) == redundant
+    model(torch.randn(8, 3, 5, 5)).square().sum().backward()
+    bias = next(m.bias for m in model.modules() if isinstance(m, nn.Conv2d))
+    assert (bias.grad.norm() < 1e-4) == redundant
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_script_has_a_report(fuse) -> None:
+    model = torch.jit.script(sequence())
+    assert bnext.conversion_report(model, fuse=fuse) == bnext.conversion_report(nn.Identity())

@@ -157,10 +157,17 @@ def test_unknown_activation_is_a_value_error() -> None:
         lambda **act: bnext.BatchNormAct1d(3, **act),
         lambda **act: bnext.SyncBatchNorm(3, **act),
     ):
-        with pytest.raises(ValueError, match=r"act must be one of 'relu', .* got 'softplus'"):
-            make(act="softplus")
+        for act in ("softplus", ["relu"], nn.ReLU()):  # a list has no hash
+            with pytest.raises(
+                ValueError, match=r"act must be one of 'relu', .* but got "
+            ) as error:
+                make(act=act)
+            assert repr(act) in str(error.value)
         with pytest.raises(ValueError, match="act_param must be None where act is 'relu', but got"):
             make(act="relu", act_param=0.1)
+        for param in ("0.1", torch.tensor(0.1), [0.1], 1j):
+            with pytest.raises(TypeError, match="act_param must be a float or None, but got"):
+                make(act="elu", act_param=param)
 
 
 @pytest.mark.parametrize("requires_grad", [False, True], ids=["", "requires_grad"])
@@ -278,6 +285,17 @@ def test_tensors_are_tensors(name, value) -> None:
         pytest.skip("one running statistic alone has a test of its own")
     theirs, ours = (outcome(function, kwargs) for function in (F.batch_norm, batch_norm))
     assert type(ours) is type(theirs) and str(ours) == str(theirs)
+
+
+@pytest.mark.parametrize("value", [1.0, [1.0], np.ones((4, 3, 5), np.float32), "x"])
+@pytest.mark.parametrize("kind", [bnext.BatchNormAct1d, bnext.SyncBatchNorm, batch_norm_act])
+def test_a_residual_is_a_tensor(kind, value) -> None:
+    kwargs = arguments(residual=value)
+    call = batch_norm_act if kind is batch_norm_act else kind(3)
+    given = kwargs if kind is batch_norm_act else {k: kwargs[k] for k in ("input", "residual")}
+    with pytest.raises(TypeError, match=f"residual: expected a tensor .*{type(value).__name__}"):
+        call(**given)
+    assert torch.equal(kwargs["running_mean"], torch.zeros(3))
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -91,6 +91,17 @@ def test_values_and_gradients_are_those_of_the_formulas(layer, shape, axis, poli
         assert error < tolerance, name
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("shape", [(0, 6), (0, 5, 6), (4, 0, 6), (4, 0), (4, 5, 0)])
+def test_empty_inputs_are_as_in_keras(layer, keras, shape, training):
+    kinds = layer, keras.layers.BatchNormalization
+    ours, theirs = (with_weights(kind(), shape) for kind in kinds)
+    results = [n(torch.zeros(shape), training=training) for n in (ours, theirs)]
+    assert results[0].shape == results[1].shape == shape
+    for a, b in zip(ours.weights, theirs.weights, strict=True):
+        assert torch.allclose(a.value, b.value, equal_nan=True)
+
+
 @pytest.mark.parametrize("kwargs", [{"center": False}, {"scale": False}])
 def test_without_gamma_or_beta(layer, kwargs):
     norm = with_weights(layer(**kwargs), (8, 6))

@@ -25,6 +25,27 @@ def test_a_residual_that_a_transform_cannot_add_changes_nothing(transform, resid
     assert_unchanged(module, before)
 
 
+@pytest.mark.parametrize("act", ["relu", "elu", "hardswish"])
+@pytest.mark.parametrize("kind", [bnext.BatchNormAct1d, bnext.SyncBatchNorm])
+def test_an_activation_that_refuses_the_sum_changes_nothing(kind, act) -> None:
+    """The sum with a complex residual is complex."""
+    module = kind(3, act=act)
+    before = state_of(module)
+    with pytest.raises((RuntimeError, NotImplementedError), match=r"(?i)complex"):
+        module(torch.randn(4, 3, 5), torch.randn(4, 3, 5, dtype=torch.complex64))
+    assert_unchanged(module, before)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", ""])
+@pytest.mark.parametrize("act", ["relu6", "leaky_relu", "silu", "hardswish", "gelu_tanh", "elu"])
+def test_an_activation_without_kernels_for_the_layout_changes_nothing(act, grad) -> None:
+    module = bnext.BatchNormAct2d(3, act=act)
+    before = state_of(module)
+    with torch.set_grad_enabled(grad), pytest.raises((RuntimeError, NotImplementedError)):
+        module(torch.randn(4, 3, 5, 5).to_mkldnn())
+    assert_unchanged(module, before)
+
+
 @pytest.mark.parametrize("counter", [torch.float32, torch.int64], ids=str)
 @pytest.mark.parametrize("where", ["fake", "sparse", "nested", "mkldnn", "quantized"])
 def test_an_error_is_not_hidden_by_the_state_that_it_leaves(where, counter) -> None:

@@ -111,6 +111,15 @@ def test_the_module_is_torchs_two(act, training, device) -> None:
         ours.reset_running_stats()
 
 
+def test_a_script_refuses_an_unknown_activation() -> None:
+    m = bnext.BatchNormAct2d(3, act="elu", act_param=1)
+    x = torch.randn(4, 3, 5, 5)
+    torch.testing.assert_close(torch.jit.script(m)(x), nn.ELU(1)(nn.BatchNorm2d(3)(x)))
+    m.act = "swish"
+    with pytest.raises(torch.jit.Error, match="there is no activation named swish"):
+        torch.jit.script(m)(x)
+
+
 @pytest.mark.parametrize("act", MODULES)
 def test_compiled_traced_and_transformed(act, device) -> None:
     m = bnext.BatchNormAct2d(3, device=device, act=act)

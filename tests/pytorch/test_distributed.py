@@ -216,6 +216,17 @@ def test_convert_sync_batchnorm_keeps_parameters_and_activations() -> None:
     )
 
 
+def test_sync_batch_norm_has_an_act_param() -> None:
+    old = bnext.SyncBatchNorm(3, act="elu")
+    del old.__dict__["act_param"]  # as pickled before there was one
+    x = torch.randn(4, 3, 5, 5)
+    close(copy.deepcopy(old)(x), nn.functional.elu(nn.BatchNorm2d(3)(x)))
+    new = bnext.SyncBatchNorm(3, act="elu", act_param=0.3)
+    for module in (new, bnext.SyncBatchNorm.convert_sync_batchnorm(new)):
+        assert "act='elu', act_param=0.3)" in repr(module)
+    assert "act" not in repr(bnext.SyncBatchNorm(3))
+
+
 def test_torchs_convert_sync_batchnorm_takes_ours() -> None:
     model = nn.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(bnext.BatchNorm2d(3)))
     assert type(model[0]) is nn.SyncBatchNorm
