@@ -59,7 +59,7 @@ def activate(z: Tensor, act: str | None, act_param: float) -> Tensor:
 
 
 def through(dy: Tensor, z: Tensor, act: str | None, act_param: float) -> Tensor:
-    """dy f'(z), from operations that have derivatives."""
+    """The gradient dy f'(z), from operations that have derivatives."""
     aten = torch.ops.aten
     out: Tensor
     if act == "relu":
