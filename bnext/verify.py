@@ -55,7 +55,11 @@ LARGEST: tuple[Shape, ...] = (
     *LARGER,
     *itertools.product(((64, 64, 56, 56), (8, 4, 1024, 1024)), (_NCHW, _NHWC)),
 )
-MODES = tuple(itertools.product((True, False), (False, True), (False, True)))  # of a Case
+# Of a Case. Gradients of one sign, and constant ones, show what long sums lose.
+MODES = (
+    *itertools.product((True, False), (False, True), (False, True), ("normal",)),
+    *itertools.product((True,), (False,), (False, True), ("positive", "constant")),
+)
 # The family and team that a plan is forced to use; the plan chooses where they are empty.
 CUDA_CHOICES = {
     "as planned": ("", ""),
@@ -75,11 +79,13 @@ class Case(NamedTuple):
     training: bool
     residual: bool
     relu: bool
+    gradient: str  # what grad_out is like: normal, positive or constant
 
     def __str__(self) -> str:
         layout = str(self.memory_format).removeprefix("torch.")
         mode = "train" if self.training else "eval"
         mode += " + residual" * self.residual + " + relu" * self.relu
+        mode += f", {self.gradient} gradient" * (self.gradient != "normal")
         return f"{'x'.join(map(str, self.shape))} {layout} {self.dtype} {mode}"
 
     def operands(self, device: torch.device) -> Operands:
@@ -93,6 +99,11 @@ class Case(NamedTuple):
             t += mean * torch.randn([c] + [1] * (t.dim() - 2), generator=generator)
             return t.to(device, x_dtype).contiguous(memory_format=self.memory_format)
 
+        def gradient() -> Tensor:
+            t = activation()
+            constant = 1.3 * torch.ones_like(t)
+            return {"normal": t, "positive": t.abs(), "constant": constant}[self.gradient]
+
         def parameter(least: float = 0.5) -> Tensor:
             return torch.rand(c, generator=generator).to(device, param_dtype) + least
 
@@ -101,7 +112,7 @@ class Case(NamedTuple):
             parameter().requires_grad_(),
             parameter(-0.5).requires_grad_(),
             activation().requires_grad_() if self.residual else None,
-            activation(),
+            gradient(),
             parameter(),
             parameter(),
             torch.tensor(3, device=device),

@@ -16,7 +16,7 @@ constexpr int64_t kShortRow = 128;
 constexpr int64_t kMaxFoldedColumns = 2048;
 constexpr int64_t kMinColumns = 64;  // and are at least this many: a vector of any dtype, twice
 // A slice sums at least so many values, or rows of columns: what it costs to join stays far below.
-constexpr int64_t kSliceElements = 32768, kSliceRows = 128, kMaxSlices = 128;
+constexpr int64_t kSliceElements = 65536, kSliceRows = 128, kMaxSlices = 128;
 constexpr int64_t kTasksPerThread = 4;
 // Fewer elements are not worth waking a thread for (ATen's grain).
 constexpr int64_t kMinThreadElements = 32768;

@@ -9,6 +9,7 @@
 #include "../formulas.h"
 #include "coefficients.h"
 #include "probe.h"
+#include "row_mask.h"
 
 namespace bnext {
 
@@ -27,8 +28,9 @@ class Schedule {
       : p_(plan), q_(problem), parallel_(parallel) {}
 
   // The counter must move whatever the plan, so it does here.
-  void train_forward(const ForwardArgs& args) {
+  void train_forward(ForwardArgs args) {
     // Scratch comes first: where memory runs out, nothing may have been counted.
+    RowMask mask(p_, q_, args.mask);
     const auto& k = table<ForwardKernels>();
     Arrays<double> partials(kSums * p_.slices, q_.c);
     Coefficients<C> pilots(p_, k.spread, 1), affine(p_, k.spread, 3);
@@ -64,7 +66,7 @@ class Schedule {
       }
       if (m2 < 0) m2 = 0;
       const Statistics s = {centre + delta, inverse_std(m2 / count, args.eps),
-                            two_sum_error(centre, delta)};
+                            std::isfinite(delta) ? two_sum_error(centre, delta) : 0};
       save(args, c, s);
       update_running(args, factor, c, s.mean, m2 / (count - 1));  // unbiased
       set_affine(affine, c, s, args.weight, args.bias);
@@ -76,9 +78,11 @@ class Schedule {
       k.apply(p_, task, {affine.of(0), affine.of(1), affine.of(2)}, args, q_.act);
     };
     run<kSums>(partials, begin, reduce, settle, again, finish, apply);
+    mask.store(parallel_);
   }
 
-  void eval_forward(const ForwardArgs& args) {
+  void eval_forward(ForwardArgs args) {
+    RowMask mask(p_, q_, args.mask);
     const auto& k = table<ForwardKernels>();
     Coefficients<C> affine(p_, k.spread, 3);
     for (int64_t c = 0; c < q_.c; ++c)
@@ -86,12 +90,15 @@ class Schedule {
                  {read(args.frozen_mean, c, 0), inverse_std(read(args.frozen_var, c, 1), args.eps)},
                  args.weight, args.bias);
     affine.publish(0, q_.c, 0, 3);
-    for_each_task([&](const Task& task) {
+    for_each_task(false, [&](const Task& task) {
       k.apply(p_, task, {affine.of(0), affine.of(1), affine.of(2)}, args, q_.act);
     });
+    mask.store(parallel_);
   }
 
-  void backward(const BackwardArgs& args) {
+  void backward(BackwardArgs args) {
+    RowMask mask(p_, q_, args.mask);
+    mask.load(parallel_);
     const auto& k = table<BackwardKernels>();
     const bool frozen = !args.save_stats;
     const bool applies = args.grad_input || args.grad_residual;
@@ -141,7 +148,9 @@ class Schedule {
     run<kSums>(partials, begin, reduce, settle, again, finish, apply);
   }
 
-  void double_backward(const DoubleBackwardArgs& args) {
+  void double_backward(DoubleBackwardArgs args) {
+    RowMask mask(p_, q_, args.mask);
+    mask.load(parallel_);
     const auto& k = table<DoubleBackwardKernels>();
     const bool frozen = !args.save_stats;
     constexpr int kDoubleSums = 5;
@@ -202,11 +211,10 @@ class Schedule {
     // What the mean loses where it is rounded to the compute type, as kernels subtract it.
     double rounding() const { return mean - static_cast<double>(static_cast<C>(mean)) + low; }
   };
-  // What a + b loses to rounding (Knuth's TwoSum).
+  // What a + b loses to rounding (Knuth's TwoSum); NaN where the sum is not finite.
   static double two_sum_error(double a, double b) {
     const double sum = a + b, b_rounded = sum - a;
-    const double error = (a - (sum - b_rounded)) + (b - b_rounded);
-    return std::isfinite(error) ? error : 0;
+    return (a - (sum - b_rounded)) + (b - b_rounded);
   }
 
   template <int kCount>
@@ -253,13 +261,13 @@ class Schedule {
     arrays.at(6, c) = g.c;
   }
 
-  // f(task) for every task; each thread takes its own last one first, so that a second pass begins
-  // with what the first left in the cache.
+  // f(task) for every task. A thread sums its own last one first and writes that one's results
+  // last, so that a second pass begins with what the first left in the cache.
   template <class F>
-  void for_each_task(const F& f) const {
+  void for_each_task(bool reverse, const F& f) const {
     parallel_(p_.blocks * p_.slices, p_.grain, [&](int64_t begin, int64_t end) {
-      for (int64_t task = end - 1; task >= begin; --task) {
-        const int64_t block = task % p_.blocks;
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t task = reverse ? begin + end - 1 - i : i, block = task % p_.blocks;
         f(Task{task / p_.blocks, p_.first_channel(block), p_.first_channel(block + 1), 0});
       }
     });
@@ -276,21 +284,25 @@ class Schedule {
     if (!waits) throw std::runtime_error("bnext: not enough memory");
     std::fill_n(waits.get(), q_.c, true);
     const auto settle_all = [&](int64_t c0, int64_t c1, bool exact) {
+      constexpr int64_t kTile = 64;
       int64_t refused = 0;
-      for (int64_t c = c0; c < c1; ++c) {
-        if (!waits[c]) continue;
-        double total[kCount];
-        for (int i = 0; i < kCount; ++i) {
-          double sum = 0, error = 0;
-          for (int64_t slice = 0; slice < p_.slices; ++slice) {
-            const double part = partials[kCount * slice + i][c];
-            error += two_sum_error(sum, part);
-            sum += part;
+      for (int64_t first = c0; first < c1; first += kTile) {
+        const int64_t count = std::min(kTile, c1 - first);
+        double total[kCount][kTile] = {}, error[kCount][kTile] = {};
+        for (int64_t slice = 0; slice < p_.slices; ++slice)
+          for (int i = 0; i < kCount; ++i) {
+            const double* part = partials[kCount * slice + i] + first;
+            for (int64_t c = 0; c < count; ++c) {
+              error[i][c] += two_sum_error(total[i][c], part[c]);
+              total[i][c] += part[c];
+            }
           }
-          total[i] = sum + error;
+        for (int64_t c = 0; c < count; ++c) {
+          double sums[kCount];
+          for (int i = 0; i < kCount; ++i)
+            sums[i] = total[i][c] + (std::isfinite(error[i][c]) ? error[i][c] : 0);
+          if (waits[first + c]) refused += waits[first + c] = !settle(first + c, sums, exact);
         }
-        waits[c] = !settle(c, total, exact);
-        refused += waits[c];
       }
       if (refused > 0) {
         sums_probe.slow_channels += refused;
@@ -320,13 +332,13 @@ class Schedule {
       return;
     }
     begin(0, q_.c);
-    for_each_task([&](const Task& task) { reduce(task, false); });
+    for_each_task(true, [&](const Task& task) { reduce(task, false); });
     if (!settle_all(0, q_.c, false)) {
-      for_each_task([&](const Task& task) { reduce(task, true); });
+      for_each_task(true, [&](const Task& task) { reduce(task, true); });
       settle_all(0, q_.c, true);
     }
     finish(0, q_.c);
-    for_each_task(apply);
+    for_each_task(false, apply);
   }
 
   const CpuPlan& p_;

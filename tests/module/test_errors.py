@@ -348,14 +348,14 @@ def test_argument_on_another_device(name, device) -> None:
 def test_op_refuses_a_wrong_gradient_shape() -> None:
     op = torch.ops.bnext.batch_norm_backward
     x = torch.randn(4, 3, 5)
-    stats = torch.ones(2, 3, dtype=f64)
+    stats = torch.ones(3, 3, dtype=f64)
     for grad_out in (torch.randn(4, 3, 6), torch.randn(4, 3), torch.randn(4, 3, 5).double()):
         with pytest.raises(RuntimeError, match="grad_out"):
             op(grad_out, x, None, stats, 1e-5)
     with pytest.raises(RuntimeError, match="save_stats"):
-        op(torch.randn(4, 3, 5), x, None, torch.ones(2, 4, dtype=f64), 1e-5)
+        op(torch.randn(4, 3, 5), x, None, torch.ones(3, 4, dtype=f64), 1e-5)
     with pytest.raises(RuntimeError, match="save_stats"):
-        op(torch.randn(4, 3, 5), x, None, torch.ones(2, 3), 1e-5)
+        op(torch.randn(4, 3, 5), x, None, torch.ones(3, 3), 1e-5)
     with pytest.raises(RuntimeError, match="bnext: mask: "):
         bad_mask = torch.zeros(1, 1, dtype=torch.uint8)
         op(torch.randn(4, 3, 5), x, None, stats, 1e-5, mask=bad_mask, act=1, need_residual=True)

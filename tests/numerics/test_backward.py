@@ -265,7 +265,7 @@ def test_gradient_of_an_absent_parameter_is_refused(
     weight, bias, need_weight, need_bias, training, device
 ) -> None:
     case = make((4, 3, 5), device=device)
-    saved = torch.zeros(2, 3, dtype=torch.float64, device=device) if training else None
+    saved = torch.zeros(3, 3, dtype=torch.float64, device=device) if training else None
     stats = (None, None) if training else case.stats
     with pytest.raises(RuntimeError, match="weight"):
         torch.ops.bnext.batch_norm_backward(
@@ -277,7 +277,7 @@ def test_gradient_of_an_absent_parameter_is_refused(
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_second_derivative_for_an_absent_weight_is_refused(training) -> None:
     case = make((4, 3, 5))
-    saved = torch.zeros(2, 3, dtype=torch.float64) if training else None
+    saved = torch.zeros(3, 3, dtype=torch.float64) if training else None
     stats = (None, None) if training else case.stats
     with pytest.raises(RuntimeError, match="weight"):
         torch.ops.bnext.batch_norm_double_backward(

@@ -122,7 +122,7 @@ SHAPES = [
 past_the_cache = 0
 for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
     for c, hw, memory_format in SHAPES:
-        n = max(2, L3 // 2 // (c * hw * dtype.itemsize) + 1)
+        n = (L3 // (c * hw * dtype.itemsize) // 32 + 1) * 32
         plan = bnext.explain((n, c, hw, 1), dtype, memory_format).forward
         past_the_cache += plan.nontemporal_stores
         print(n, c, hw, memory_format, dtype, plan.nontemporal_stores, flush=True)

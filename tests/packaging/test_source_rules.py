@@ -44,7 +44,7 @@ def all_includes(path: Path, seen: set[Path] | None = None) -> dict[str, Path]:
 def torch_free() -> list[Path]:
     names = ("bindings.cpp", "problem.h", "moments.h", "formulas.h", "activation.h")
     names += ("cpu/schedule.h", "cpu/probe.h", "cpu/unit.h", "cpu/walk.h", "cpu/gradient.h")
-    names += ("cpu/body.h", "cpu/rows.h", "cpu/columns.h", "cpu/coefficients.h")
+    names += ("cpu/body.h", "cpu/rows.h", "cpu/columns.h", "cpu/coefficients.h", "cpu/row_mask.h")
     names += ("cuda/launch.h", "cuda/device_info.h")
     files = [CSRC / name for name in names] + sorted(CSRC.rglob("plan.*"))
     files += [p for p in CXX if p.parent.name == "cpu" and re.search("kernels|^vec", p.stem)]

@@ -61,7 +61,7 @@ def arguments(name: str, op: str, frozen: bool) -> Args:
         return [*head, counter, 0.1, 1e-5, *added]
     if op == "inference":
         return [*head, 1e-5, *added]
-    save_stats = None if frozen else torch.ones(2, c, dtype=f64)
+    save_stats = None if frozen else torch.ones(3, c, dtype=f64)
     running = [param(), param()] if frozen else [None, None]
     saved = [torch.randn_like(x), x, param(), save_stats, 1e-5, *running, param(), residual,
              mask_of(x), 1, 0.0]  # fmt: skip

@@ -109,7 +109,7 @@ def test_statistics_are_needed_in_eval() -> None:
 
 def test_a_required_tensor_that_is_none_is_named() -> None:
     x, w = torch.randn(4, 3, 5), torch.ones(3)
-    save_stats = torch.ones(2, 3, dtype=f64)
+    save_stats = torch.ones(3, 3, dtype=f64)
     for device in ("cpu", "meta"):
         x, w, save_stats = (t.to(device) for t in (x, w, save_stats))
         rest = (w, save_stats, 1e-5)
@@ -251,7 +251,7 @@ def test_an_empty_input_takes_any_statistics_and_parameters(shape, training) -> 
                               "running_mean": mean, "running_var": var})  # fmt: skip
         assert got.shape == x.shape
         assert mean is None or bool((mean == 1).all()), "nothing to learn from"
-        save_stats = torch.zeros(2, c, dtype=f64) if training else None
+        save_stats = torch.zeros(3, c, dtype=f64) if training else None
         need = leaves[0] is not None
         running = [None, None] if training else [mean, var]
         grads = backward(
