@@ -243,7 +243,8 @@ def check_all(
         choices.pop("resident cluster", None)
     rows = {(name, dtype): Row() for name in choices for dtype in DTYPES}
     for shape, dtype, mode in itertools.product(shapes, DTYPES, MODES):
-        case = Case(*shape, dtype, *mode)
+        training, residual, relu, gradient = mode
+        case = Case(*shape, dtype, training, residual, relu, gradient)
         t = case.operands(device)
         exact = case.operands(torch.device("cpu")) if small else t
         for name, choice in choices.items():

@@ -17,7 +17,7 @@ struct Backward : BodyOf<T, kIndexMap, 2 + (kSource == Source::kSum),
                          kWanted.batch || kWanted.frozen ? 2 : 0> {
   using Accumulator = A;
   using C = compute_t<T>;
-  static constexpr int kSums = 2, kGroupRows = 4;
+  static constexpr int kSums = 2, kGroupRows = 8;
   using Forward = Recomputed<T, kIndexMap, kSource>;
   static constexpr bool kReadsInput = kWanted.sums || kWanted.batch || Forward::kWhole;
   // A residual was added, so it may have a gradient of its own.

@@ -258,7 +258,7 @@ template <class Body>
   for (int64_t begin, end = row1; end > row0; end = begin) {
     int64_t row = begin = row0 + (end - row0 - 1) / block * block;
     if (!p.nontemporal_stores)
-      groups(std::false_type{}, std::integral_constant<int, 2>{}, row, end);
+      groups(std::false_type{}, std::integral_constant<int, 4>{}, row, end);
     if (!p.nontemporal_stores) groups(std::false_type{}, One{}, row, end);
     if (row_bytes <= 1024) groups(std::true_type{}, std::integral_constant<int, 4>{}, row, end);
     groups(std::true_type{}, One{}, row, end);

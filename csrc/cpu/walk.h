@@ -45,9 +45,6 @@ inline void with_bool(bool value, F f) {
 // Table<T>::value for the dtype's storage type T.
 template <template <class> class Table>
 inline const auto& table_of(DType dtype) {
-#ifdef BNEXT_TUNE
-  return dtype == DType::kFloat32 ? Table<float>::value : Table<bfloat16>::value;
-#endif
   return visit_dtype<bfloat16, float16>(
       dtype, [](auto t) -> const auto& { return Table<decltype(t)>::value; });
 }

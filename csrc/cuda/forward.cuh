@@ -33,6 +33,7 @@ __device__ inline void save_statistics(const ForwardCall& call, int64_t c, doubl
                                        double invstd) {
   call.args.save_stats[c] = mean;
   call.args.save_stats[call.problem.c + c] = invstd;
+  call.args.save_stats[2 * call.problem.c + c] = 0;
 }
 __device__ inline void update_running(const ForwardArgs& args, int64_t c,
                                       const Moments<double>& m) {

@@ -160,7 +160,7 @@ def with_team(plan: CudaPlan, p: Problem, team_blocks: int, teams: int = 0) -> C
 class Forward:
     output: Tensor  # [N, C, *]
     mask: Tensor | None  # [mask rows, bytes of a row]
-    save_stats: Tensor | None  # [2, C]
+    save_stats: Tensor | None  # [3, C]
 
 
 @dataclass
@@ -169,6 +169,11 @@ class Backward:
     residual: Tensor | None  # [N, C, *]
     weight: Tensor | None  # [C]
     bias: Tensor | None  # [C]
+
+
+def save_stats(mean: Tensor, invstd: Tensor) -> Tensor:
+    """[3, C]; a GPU's kernels do not know what a double cannot hold of the mean."""
+    return torch.stack([mean, invstd, torch.zeros_like(mean)]).double()
 
 
 def mask_shape(p: Problem) -> tuple[int, int]:
@@ -185,7 +190,7 @@ def forward(e: Emulator, plan: CudaPlan, p: Problem, x: Tensor, *, weight=None, 
     mask = None
     if p.has_mask and training:
         mask = torch.empty(mask_shape(p), dtype=torch.uint8)
-    save_stats = torch.empty(2, p.c, dtype=torch.float64) if training else None
+    save_stats = torch.empty(3, p.c, dtype=torch.float64) if training else None
     args = ForwardArgs(
         pointer(x), pointer(residual), pointer(output), pointer(mask), vector(weight),
         vector(bias), *map(vector, frozen or (None, None)), *map(vector, running),

@@ -33,7 +33,7 @@ struct OnDevice {
   }
   template <class T>
   T* statistics(T* host, Kind kind) {
-    return memory.add(host, 2 * problem.c * int64_t{sizeof(double)}, kind, "save_stats");
+    return memory.add(host, 3 * problem.c * int64_t{sizeof(double)}, kind, "save_stats");
   }
 };
 

@@ -75,7 +75,7 @@ def errors(e: emulated.Emulator) -> Iterator[str]:
             case.grad_out[:, 1] *= 1e20
             frozen = setting.family == -1
             stage = "eval" if frozen else "train"
-            stats = torch.stack([case.running_mean, case.running_var]).double()
+            stats = calls.save_stats(case.running_mean, case.running_var)
             mask = packed(case.grad_out > 0, case.x)
             for masked in (True, False):
                 fields = {"relu": True, "residual": masked}

@@ -81,7 +81,7 @@ def test_gradients_that_nobody_needs(team, need_input, need_params) -> None:
     case = make((3, 5, 9, 8), NCHW, DTYPES[2])
     setting = TEAMS["stream"] if not need_input else TEAMS[team]  # nothing to keep for a dx
     mean, var = reference.batch_stats(case.x)
-    stats = torch.stack([mean, (var + 1e-5).rsqrt()])
+    stats = calls.save_stats(mean, (var + 1e-5).rsqrt())
     p = problem(case, setting, "train_backward", need_input=need_input, need_params=need_params)
     grads = both().run(lambda e: calls.backward(
         e, setting.plan(e, p), p, case.grad_out, case.x, weight=case.weight, save_stats=stats,
@@ -119,7 +119,7 @@ def test_a_mask_where_only_sums_are_wanted(stage, layout) -> None:
     setting = Setting(relu=True, family=-1, info=SMALL)
     active = torch.rand_like(case.x) > 0.5
     mean, var = case.stats if frozen else reference.batch_stats(case.x)
-    save_stats = None if frozen else torch.stack([mean, (var + 1e-5).rsqrt()]).double()
+    save_stats = None if frozen else calls.save_stats(mean, (var + 1e-5).rsqrt())
     p = calls.problem(case.x, stage, relu=True, has_mask=True, need_input=False)
     grads = both().run(lambda e: calls.backward(
         e, setting.plan(e, p), p, case.grad_out, case.x, weight=case.weight, bias=case.bias,
