@@ -69,7 +69,8 @@ def through(dy: Tensor, z: Tensor, act: str | None, act_param: float) -> Tensor:
     elif act == "leaky_relu":
         out = aten.leaky_relu_backward(dy, z, act_param, False)
     elif act == "silu":
-        out = aten.silu_backward(dy, z)
+        s = z.sigmoid()  # aten.silu_backward has no derivative
+        out = dy * s * (1 + z * (1 - s))
     elif act == "hardswish":
         out = aten.hardswish_backward(dy, z)
     elif act in ("gelu", "gelu_tanh"):

@@ -42,7 +42,7 @@ struct ActTraits {
 
 // In the order of Act.
 inline constexpr ActTraits kActs[] = {
-    {"none", Needs::kNothing, true, true},  {"relu", Needs::kSign, true, true},
+    {"none", Needs::kNothing, true, true}, {"relu", Needs::kSign, true, true},
     {"relu6", Needs::kSign, true, false},  {"leaky_relu", Needs::kSign, true, false},
     {"silu", Needs::kSum, true, false},    {"hardswish", Needs::kSum, true, false},
     {"gelu", Needs::kSum, true, false},    {"gelu_tanh", Needs::kSum, true, false},
@@ -138,8 +138,8 @@ struct Activation<Act::kHardswish> {
   static constexpr Needs needs = Needs::kSum;
   template <class T>
   BNEXT_HD static T f(const T& z, const T&) {
-    const T slope = (z + T(3)) * T(1.0 / 6);
-    return select(z <= T(-3), T(0), select(T(3) <= z, z, z * slope));
+    const T share = select(z <= T(-3), T(0), select(T(3) <= z, T(1), (z + T(3)) * T(1.0 / 6)));
+    return z * share;
   }
   template <class T>
   BNEXT_HD static T df(const T& z, const T&) {

@@ -173,8 +173,9 @@ inline const double* check_save_stats(const OptionalTensor& t, const Input& x) {
 // What both derivatives need to find f'(z) where a residual was added.
 inline void check_act_operands(bool residual, bool mask, bool had_residual, const Input& x) {
   const Act act = x.problem.act;
-  BNEXT_CHECK(act != Act::kNone || !had_residual,
-              "act: expected one where the residual's gradient is asked for, which else is grad_out");
+  BNEXT_CHECK(
+      act != Act::kNone || !had_residual,
+      "act: expected one where the residual's gradient is asked for, which else is grad_out");
   BNEXT_CHECK(mask || !(residual || had_residual) || traits(act).needs != Needs::kSign,
               "mask: expected where a residual was added before ", to_string(act));
   BNEXT_CHECK(residual || !had_residual || traits(act).needs != Needs::kSum,

@@ -1,63 +1,73 @@
-// The activations in a kernel. Compiled per instruction set, as vec.h.
+// An activation in a kernel. Compiled per instruction set, as vec.h.
 #pragma once
 
-#include "vec_math.h"
 #include "../activation.h"
+#include "vec_math.h"
 #include "walk.h"
 
 namespace bnext::BNEXT_ISA_NAMESPACE {
 
-// Which of them a kernel is compiled for. kAny calls out of its loop for each unit, which next to an
-// exponential costs little: all kernels inlined for each activation would take nine times as long
-// to compile.
-enum class Kind { kNone, kRelu, kAny };
-
-struct ActOf {
-  Act kind;
-  double param;
-};
-
-// f(the kind that it is compiled for).
-template <class F>
-inline void with_compiled(Act kind, F f) {
-  if (kind == Act::kNone)
-    f(std::integral_constant<Kind, Kind::kNone>{});
-  else if (kind == Act::kRelu)
-    f(std::integral_constant<Kind, Kind::kRelu>{});
-  else
-    f(std::integral_constant<Kind, Kind::kAny>{});
-}
-
-// f(Activation<kind>), inlined, of those that need a sign.
-template <Kind kKind, class F>
-[[gnu::always_inline]] inline void with_sign(Act kind, const F& f) {
-  if constexpr (kKind == Kind::kRelu)
-    f(Activation<Act::kRelu>{});
-  else
-    visit_sign(kind, f);
-}
-
-// z = f(z).
+// Any activation, known at run time. Kernels are compiled for none, for ReLU and for this: one for
+// each activation would take three times as long to compile. What they call takes a few vectors at
+// once, which hides its latency (24x256x56x56, float32, SiLU's backward: TODO).
 template <class T>
-[[gnu::noinline]] void activate_any(const ActOf& act, Unit<T>& z) {
-  visit_act(act.kind, [&](auto a) {
-    const Vec<compute_t<T>> param(static_cast<compute_t<T>>(act.param));
-    for (auto& v : z.v) v = a.f(v, param);
-  });
-}
+class AnyAct {
+  using V = Vec<compute_t<T>>;
 
-// dy = dy f'(z).
-template <class T>
-[[gnu::noinline]] void through_any(const ActOf& act, const Unit<T>& z, Unit<T>& dy) {
-  visit_act(act.kind, [&](auto a) {
-    const Vec<compute_t<T>> param(static_cast<compute_t<T>>(act.param));
-    for (int j = 0; j < kVecs<T>; ++j) {
-      if constexpr (decltype(a)::needs == Needs::kSign)
-        dy.v[j] = a.gradient(a.passes(z.v[j]), dy.v[j], param);
+ public:
+  static constexpr int kUnits = 4 / kVecs<T>;
+
+  // z, and dy on its way to dy f'(z).
+  struct Operands {
+    V z, dy;
+  };
+
+  AnyAct() = default;
+  AnyAct(Act kind, double param) : kind_(kind), param_(static_cast<compute_t<T>>(param)) {
+    if (kind != Act::kNone)
+      visit_act(kind, [&](auto a) { f_ = f<decltype(a)>, gradient_ = gradient<decltype(a)>; });
+  }
+
+  // From z to f(z).
+  void activate(V* z, int count) const { f_(z, count, param_); }
+  void through(Operands* operands, int count) const {
+    if (gradient_) gradient_(operands, count, param_);
+  }
+
+  // Of those that need no more than where they passed.
+  Mask<T> passes(const Unit<T>& z) const {
+    Mask<T> passed;
+    visit_sign(kind_, [&](auto a) {
+      unrolled<kVecs<T>>([&](auto j) { passed.v[j] = a.passes(z.v[j]); });
+    });
+    return passed;
+  }
+  void through(const Mask<T>& passed, Unit<T>& dy) const {
+    visit_sign(kind_, [&](auto a) {
+      unrolled<kVecs<T>>([&](auto j) { dy.v[j] = a.gradient(passed.v[j], dy.v[j], V(param_)); });
+    });
+  }
+
+ private:
+  template <class A>
+  static void f(V* z, int count, compute_t<T> param) {
+    for (int i = 0; i < count; ++i) z[i] = A::f(z[i], V(param));
+  }
+  template <class A>
+  static void gradient(Operands* operands, int count, compute_t<T> param) {
+    for (int i = 0; i < count; ++i) {
+      auto& [z, dy] = operands[i];
+      if constexpr (A::needs == Needs::kSign)
+        dy = A::gradient(A::passes(z), dy, V(param));
       else
-        dy.v[j] = dy.v[j] * a.df(z.v[j], param);
+        dy = dy * A::df(z, V(param));
     }
-  });
-}
+  }
+
+  Act kind_;
+  compute_t<T> param_;
+  void (*f_)(V*, int, compute_t<T>) = nullptr;
+  void (*gradient_)(Operands*, int, compute_t<T>) = nullptr;
+};
 
 }  // namespace bnext::BNEXT_ISA_NAMESPACE

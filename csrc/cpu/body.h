@@ -3,8 +3,10 @@
 //   Element, kMap, in[kInputs], out[kOutputs], mask
 //   at(bin): its coefficients for a channel (rows) or for the columns of a slot
 //   prefetch<kLocality>(element)
-// and, to sum: Accumulator, kSums, kGroupRows, add(coefficients, place, keep, sums[kVecs]),
-// and, to write: apply<kNontemporal>(coefficients, place).
+//   load(coefficients, place): its values of a unit
+//   kTogether: units that are loaded together where more than one; then finish(values, how many)
+// and, to sum: Accumulator, kSums, kGroupRows, add(coefficients, place, values, keep, sums[kVecs]),
+// and, to write: apply<kNontemporal>(coefficients, place, values).
 //
 // Sums: no float takes more than 4 addends in a row. 4 values make a chain, 4 chains a block, 4
 // blocks a run, 4 runs go to double (rows); a group of 4 or 8 rows, 4 groups, 4 of those (columns).
@@ -27,6 +29,10 @@ struct Place {
   int64_t element, mask_row, bit;
 
   Place operator+(int64_t i) const { return {element + i, mask_row, bit + i}; }
+  // So many rows on.
+  Place below(int64_t rows, int64_t stride, int64_t mask_stride) const {
+    return {element + rows * stride, mask_row + rows * mask_stride, bit};
+  }
 };
 
 // A row of a channel, or a row of columns.
@@ -99,6 +105,7 @@ struct BodyOf {
   static constexpr IndexMap kMap = kIndexMap;
   static constexpr int kInputs = kIn, kOutputs = kOut;
   static constexpr bool kWritesMask = kMaskWritten;
+  static constexpr int kTogether = 1;
   const T* in[kIn];
   T* out[std::max(kOut, 1)];
   uint8_t* mask;  // null: none
@@ -112,5 +119,18 @@ struct BodyOf {
       __builtin_prefetch(out[o] + element + kStoreAheadBytes / sizeof(T), 1, 3);
   }
 };
+
+// use(i, load(i)) of kCount units.
+template <int kCount, class Body, class Load, class Use>
+[[gnu::always_inline]] inline void for_units(const Body& body, const Load& load, const Use& use) {
+  if constexpr (Body::kTogether > 1) {
+    decltype(load(std::integral_constant<int, 0>{})) values[kCount];
+    unrolled<kCount>([&](auto i) { values[i] = load(i); });
+    body.finish(values, kCount);
+    unrolled<kCount>([&](auto i) { use(i, values[i]); });
+  } else {
+    unrolled<kCount>([&](auto i) { use(i, load(i)); });
+  }
+}
 
 }  // namespace bnext::BNEXT_ISA_NAMESPACE

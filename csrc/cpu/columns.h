@@ -112,16 +112,20 @@ class ColumnSums {
     const int64_t ahead = ahead_;
     for (int64_t slot = 0; slot < columns; slot += kUnit<T>) {
       const auto k = body.at(at.bit + slot);
-      Place here = at + std::min<int64_t>(slot, columns - kUnit<T>);
+      const Place top = at + std::min<int64_t>(slot, columns - kUnit<T>);
       Vec<A> sum[kVecs<T>][kSums];
       unrolled<(kRows + 3) / 4>([&](auto four) {
         Vec<A> chain[kVecs<T>][kSums];
         BNEXT_ISA_NAMESPACE::clear(chain);
-        unrolled<std::min(kRows, 4)>([&](auto) {
-          if (ahead && slot * sizeof(T) % 64 == 0) body.template prefetch<2>(here.element + ahead);
-          body.add(k, here, All{}, chain);
-          here.element += stride, here.mask_row += mask_stride;
-        });
+        const auto here = [&](auto r) { return top.below(4 * four + r, stride, mask_stride); };
+        for_units<std::min(kRows, 4)>(
+            body,
+            [&](auto r) {
+              if (ahead && slot * sizeof(T) % 64 == 0)
+                body.template prefetch<2>(here(r).element + ahead);
+              return body.load(k, here(r));
+            },
+            [&](auto r, const auto& values) { body.add(k, here(r), values, All{}, chain); });
         unrolled<kVecs<T> * kSums>([&](auto n) {
           constexpr int j = n / kSums, s = n % kSums;
           sum[j][s] = four == 0 ? chain[j][s] : sum[j][s] + chain[j][s];
@@ -220,17 +224,31 @@ template <bool kNontemporal, int kRows, class Body>
   using T = typename Body::Element;
   const Place at = place<IndexMap::kColumns>(p, row, first);
   const int64_t stride = p.row_stride, mask_stride = (stride + 7) / 8;
-  for (int64_t slot = 0; slot < columns; slot += kUnit<T>) {
-    const auto k = body.at(first + slot);
-    Place here = at + std::min<int64_t>(slot, columns - kUnit<T>);
-    unrolled<kRows>([&](auto) {
-      if (slot * sizeof(T) % 64 == 0) {
-        body.template prefetch<2>(here.element + ahead);
-        if constexpr (!kNontemporal) body.prefetch_stores(here.element);
-      }
-      body.template apply<kNontemporal>(k, here);
-      here.element += stride, here.mask_row += mask_stride;
-    });
+  // Of a row alone, units of so many slots; those after the last slot are that one again.
+  constexpr int kSlots = kRows == 1 ? Body::kTogether : 1;
+  const int64_t last = (columns - 1) / kUnit<T> * kUnit<T>;
+  for (int64_t slot = 0; slot < columns; slot += kSlots * kUnit<T>) {
+    const auto slot_of = [&](auto n) {
+      return kSlots == 1 ? slot : std::min<int64_t>(slot + n * kUnit<T>, last);
+    };
+    const auto here = [&](auto n) {
+      const Place top = at + std::min<int64_t>(slot_of(n), columns - kUnit<T>);
+      return top.below(n % kRows, stride, mask_stride);
+    };
+    decltype(body.at(0)) k[kSlots];
+    unrolled<kSlots>([&](auto s) { k[s] = body.at(first + slot_of(s)); });
+    for_units<kRows * kSlots>(
+        body,
+        [&](auto n) {
+          if (slot_of(n) * sizeof(T) % 64 == 0) {
+            body.template prefetch<2>(here(n).element + ahead);
+            if constexpr (!kNontemporal) body.prefetch_stores(here(n).element);
+          }
+          return body.load(k[n / kRows], here(n));
+        },
+        [&](auto n, const auto& values) {
+          body.template apply<kNontemporal>(k[n / kRows], here(n), values);
+        });
   }
 }
 

@@ -82,10 +82,12 @@ struct Moments : BodyOf<T, kMap, 1, 0> {
 
   auto at(int64_t bin) const { return PerUnit<kMap, T, A>(centre, bin); }
 
+  Unit<T> load(const PerUnit<kMap, T, A>&, const Place& place) const {
+    return load_unit(this->in[0] + place.element);
+  }
   template <class Keep>
-  void add(const PerUnit<kMap, T, A>& c, const Place& place, const Keep& kept,
+  void add(const PerUnit<kMap, T, A>& c, const Place&, const Unit<T>& x, const Keep& kept,
            Vec<A> (*sums)[kSums]) const {
-    const Unit<T> x = load_unit(this->in[0] + place.element);
     unrolled<kVecs<T>>([&](auto j) {
       const Vec<A> d = keep(kept, j, convert<A>(x.v[j]) - c[j]);
       sums[j][0] = sums[j][0] + d;
@@ -94,11 +96,15 @@ struct Moments : BodyOf<T, kMap, 1, 0> {
   }
 };
 
+// What a kernel is compiled for: no activation, ReLU, or any, with or without a residual.
+enum class Kind { kNone, kRelu, kAny };
+
 template <class T, IndexMap kIndexMap, Kind kKind, bool kResidual>
 struct Forward : BodyOf<T, kIndexMap, 1 + kResidual, 1, true> {
   using C = compute_t<T>;
+  static constexpr int kTogether = kKind == Kind::kAny ? AnyAct<T>::kUnits : 1;
   ForwardArrays arrays;
-  ActOf act;
+  AnyAct<T> act;
 
   struct Coefficients {
     PerUnit<kIndexMap, T> mean, scale, shift;
@@ -107,8 +113,7 @@ struct Forward : BodyOf<T, kIndexMap, 1 + kResidual, 1, true> {
     return {{arrays.mean, bin}, {arrays.scale, bin}, {arrays.shift, bin}};
   }
 
-  template <bool kNontemporal>
-  void apply(const Coefficients& k, const Place& place) const {
+  Unit<T> load(const Coefficients& k, const Place& place) const {
     const Unit<T> x = load_unit(this->in[0] + place.element);
     Unit<T> residual, y;
     if constexpr (kResidual) residual = load_unit(this->in[1] + place.element);
@@ -116,19 +121,28 @@ struct Forward : BodyOf<T, kIndexMap, 1 + kResidual, 1, true> {
       y.v[j] = bnext::apply(Affine<Vec<C>>{k.mean[j], k.scale[j], k.shift[j]}, x.v[j]);
       if constexpr (kResidual) y.v[j] = y.v[j] + residual.v[j];
     });
-    if constexpr (kResidual && kKind != Kind::kNone) {
-      if (this->mask)
-        with_sign<kKind>(act.kind, [&](auto a) {
-          Mask<T> passed;
-          unrolled<kVecs<T>>([&](auto j) { passed.v[j] = a.passes(y.v[j]); });
-          write_bits<T>(this->mask + place.mask_row, place.bit, to_bits(passed));
-        });
+    if constexpr (kKind == Kind::kRelu) {
+      using Relu = Activation<Act::kRelu>;
+      Mask<T> passed;
+      unrolled<kVecs<T>>([&](auto j) {
+        passed.v[j] = Relu::passes(y.v[j]);
+        y.v[j] = Relu::f(y.v[j], {});
+      });
+      if (kResidual && this->mask) write_mask(place, passed);
     }
-    if constexpr (kKind == Kind::kAny)
-      activate_any(act, y);
-    else if constexpr (kKind == Kind::kRelu)
-      unrolled<kVecs<T>>([&](auto j) { y.v[j] = Activation<Act::kRelu>::f(y.v[j], y.v[j]); });
+    if constexpr (kResidual && kKind == Kind::kAny)
+      if (this->mask) write_mask(place, act.passes(y));
+    return y;
+  }
+  void finish(Unit<T>* y, int count) const { act.activate(y->v, count * kVecs<T>); }
+  template <bool kNontemporal>
+  void apply(const Coefficients&, const Place& place, const Unit<T>& y) const {
     store_unit<kNontemporal>(this->out[0] + place.element, y);
+  }
+
+ private:
+  void write_mask(const Place& place, const Mask<T>& passed) const {
+    write_bits<T>(this->mask + place.mask_row, place.bit, to_bits(passed));
   }
 };
 
@@ -143,10 +157,10 @@ struct Table {
   }
   static void apply(const CpuPlan& p, const Task& task, const ForwardArrays& arrays,
                     const ForwardArgs& args, Act act) {
-    with_map(p.map, [&](auto map) {
-      with_compiled(act, [&](auto kind) {
+    const auto run = [&]<Kind kKind>(std::integral_constant<Kind, kKind>) {
+      with_map(p.map, [&](auto map) {
         with_bool(args.residual != nullptr, [&](auto residual) {
-          Forward<T, map, kind, residual> body;
+          Forward<T, map, kKind, residual> body;
           body.in[0] = static_cast<const T*>(args.input);
           if constexpr (residual) body.in[1] = static_cast<const T*>(args.residual);
           body.out[0] = static_cast<T*>(args.output);
@@ -156,7 +170,13 @@ struct Table {
           BNEXT_ISA_NAMESPACE::apply(body, p, task);
         });
       });
-    });
+    };
+    if (act == Act::kNone)
+      run(std::integral_constant<Kind, Kind::kNone>{});
+    else if (act == Act::kRelu)
+      run(std::integral_constant<Kind, Kind::kRelu>{});
+    else
+      run(std::integral_constant<Kind, Kind::kAny>{});
   }
   using C = compute_t<T>;
   static constexpr ForwardKernels value{spread<T, C>,      pilots<T>,       moments<C>,

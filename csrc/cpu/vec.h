@@ -100,12 +100,12 @@ struct Condition {
   Vec<integer> mask;
 };
 
-#define BNEXT_VEC_COMPARISON(op)                                              \
-  template <class T>                                                          \
-  inline Condition<T> operator op(const Vec<T>& a, const Vec<T>& b) {         \
-    Condition<T> s;                                                           \
-    for (int i = 0; i < Vec<T>::kCount; ++i) s.mask.v[i] = a.v[i] op b.v[i];  \
-    return s;                                                                 \
+#define BNEXT_VEC_COMPARISON(op)                                             \
+  template <class T>                                                         \
+  inline Condition<T> operator op(const Vec<T>& a, const Vec<T>& b) {        \
+    Condition<T> s;                                                          \
+    for (int i = 0; i < Vec<T>::kCount; ++i) s.mask.v[i] = a.v[i] op b.v[i]; \
+    return s;                                                                \
   }
 BNEXT_VEC_COMPARISON(<)
 BNEXT_VEC_COMPARISON(<=)
@@ -127,8 +127,7 @@ inline Condition<T> operator!(const Condition<T>& a) {
 template <class T>
 inline Vec<T> select(const Condition<T>& condition, const Vec<T>& yes, const Vec<T>& no) {
   Vec<T> r;
-  for (int i = 0; i < Vec<T>::kCount; ++i)
-    r.v[i] = condition.mask.v[i] ? yes.v[i] : no.v[i];
+  for (int i = 0; i < Vec<T>::kCount; ++i) r.v[i] = condition.mask.v[i] ? yes.v[i] : no.v[i];
   return r;
 }
 
