@@ -8,8 +8,9 @@
 namespace bnext::BNEXT_ISA_NAMESPACE {
 
 // Any activation, known at run time. Kernels are compiled for none, for ReLU and for this: one for
-// each activation would take three times as long to compile. What they call takes a few vectors at
-// once, which hides its latency (24x256x56x56, float32, SiLU's backward: TODO).
+// each activation would take three times as long to compile. What it calls takes four vectors at
+// once, which hides its latency (24x256x56x56, channels last, float32, AVX2, SiLU's backward: 62 ms
+// with a call for each vector, 47 so).
 template <class T>
 class AnyAct {
   using V = Vec<compute_t<T>>;

@@ -1,5 +1,6 @@
-// The backward kernels: sums read grad_out and the input once, apply reads them once more and
-// writes the gradients. Compiled per instruction set, as forward_kernels.cpp.
+// The backward kernels: sums read grad_out and the input once (and the residual, where f' needs the
+// sum of them), apply reads them once more and writes the gradients. Compiled per instruction set,
+// as forward_kernels.cpp.
 #include "gradient.h"
 
 namespace bnext::BNEXT_ISA_NAMESPACE {
@@ -20,7 +21,7 @@ struct Backward
     : BodyOf<T, kIndexMap, 2 + (kSlope == Slope::kAny), kWanted.batch || kWanted.frozen ? 2 : 0> {
   using Accumulator = A;
   using C = compute_t<T>;
-  static constexpr int kSums = 2, kGroupRows = 8;
+  static constexpr int kSums = 2, kGroupRows = kSlope == Slope::kAny ? 4 : 8;
   static constexpr bool kMakesZ = kSlope == Slope::kInput || kSlope == Slope::kAny;
   static constexpr bool kReadsInput = kWanted.sums || kWanted.batch || kMakesZ;
   static constexpr int kTogether = kSlope == Slope::kAny ? AnyAct<T>::kUnits : 1;
@@ -43,7 +44,8 @@ struct Backward
   void prefetch(int64_t element) const {
     if constexpr (kReadsInput) __builtin_prefetch(this->in[0] + element, 0, kLocality);
     __builtin_prefetch(this->in[1] + element, 0, kLocality);
-    if constexpr (kSlope == Slope::kAny) __builtin_prefetch(this->in[2] + element, 0, kLocality);
+    if constexpr (kSlope == Slope::kAny)
+      if (this->in[2]) __builtin_prefetch(this->in[2] + element, 0, kLocality);
   }
 
   // With dy before the activation. Where that is any, z waits with it, and x is read again.
@@ -140,7 +142,10 @@ struct Table {
                        const BackwardArgs& args, Act act, Sums sums) {
     const auto run = [&]<Slope kSlope>(std::integral_constant<Slope, kSlope>) {
       with_map(p.map, [&](auto map) {
-        Backward<T, map, A, kSlope, kWanted> body;
+        // Next to an activation sums that nobody asked for cost little.
+        constexpr bool kSums = kWanted.sums || (kWanted.frozen && kSlope == Slope::kAny);
+        constexpr Outputs kComputed{kSums, kWanted.batch, kWanted.frozen};
+        Backward<T, map, A, kSlope, kComputed> body;
         body.in[0] = static_cast<const T*>(args.input);
         body.in[1] = static_cast<const T*>(args.grad_out);
         if constexpr (kSlope == Slope::kAny) body.in[2] = static_cast<const T*>(args.residual);
@@ -150,7 +155,7 @@ struct Table {
         body.mask = const_cast<uint8_t*>(args.mask);
         body.arrays = arrays;
         body.act = {act, args.act_param};
-        if constexpr (kWanted.sums)
+        if constexpr (kSums)
           sum(body, p, task, sums);
         else
           apply(body, p, task);

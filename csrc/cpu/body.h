@@ -29,10 +29,7 @@ struct Place {
   int64_t element, mask_row, bit;
 
   Place operator+(int64_t i) const { return {element + i, mask_row, bit + i}; }
-  // So many rows on.
-  Place below(int64_t rows, int64_t stride, int64_t mask_stride) const {
-    return {element + rows * stride, mask_row + rows * mask_stride, bit};
-  }
+  void operator+=(int64_t i) { *this = *this + i; }
 };
 
 // A row of a channel, or a row of columns.
@@ -120,16 +117,19 @@ struct BodyOf {
   }
 };
 
-// use(i, load(i)) of kCount units.
-template <int kCount, class Body, class Load, class Use>
-[[gnu::always_inline]] inline void for_units(const Body& body, const Load& load, const Use& use) {
+// use(i, here, load(i, here)) of kCount units, `here` moved on by step(here).
+template <int kCount, class Body, class Here, class Step, class Load, class Use>
+[[gnu::always_inline]] inline void for_units(const Body& body, Here here, const Step& step,
+                                             const Load& load, const Use& use) {
   if constexpr (Body::kTogether > 1) {
-    decltype(load(std::integral_constant<int, 0>{})) values[kCount];
-    unrolled<kCount>([&](auto i) { values[i] = load(i); });
+    const Here first = here;
+    decltype(load(0, here)) values[kCount];
+    for (int i = 0; i < kCount; ++i) values[i] = load(i, here), step(here);
     body.finish(values, kCount);
-    unrolled<kCount>([&](auto i) { use(i, values[i]); });
+    here = first;
+    unrolled<kCount>([&](auto i) { use(i, here, values[i]), step(here); });
   } else {
-    unrolled<kCount>([&](auto i) { use(i, load(i)); });
+    unrolled<kCount>([&](auto i) { use(i, here, load(i, here)), step(here); });
   }
 }
 

@@ -112,20 +112,23 @@ class ColumnSums {
     const int64_t ahead = ahead_;
     for (int64_t slot = 0; slot < columns; slot += kUnit<T>) {
       const auto k = body.at(at.bit + slot);
-      const Place top = at + std::min<int64_t>(slot, columns - kUnit<T>);
+      Place here = at + std::min<int64_t>(slot, columns - kUnit<T>);
+      const auto below = [&](Place& p) { p.element += stride, p.mask_row += mask_stride; };
       Vec<A> sum[kVecs<T>][kSums];
       unrolled<(kRows + 3) / 4>([&](auto four) {
         Vec<A> chain[kVecs<T>][kSums];
         BNEXT_ISA_NAMESPACE::clear(chain);
-        const auto here = [&](auto r) { return top.below(4 * four + r, stride, mask_stride); };
         for_units<std::min(kRows, 4)>(
-            body,
-            [&](auto r) {
+            body, here, below,
+            [&](auto, const Place& here) {
               if (ahead && slot * sizeof(T) % 64 == 0)
-                body.template prefetch<2>(here(r).element + ahead);
-              return body.load(k, here(r));
+                body.template prefetch<2>(here.element + ahead);
+              return body.load(k, here);
             },
-            [&](auto r, const auto& values) { body.add(k, here(r), values, All{}, chain); });
+            [&](auto, const Place& here, const auto& values) {
+              body.add(k, here, values, All{}, chain);
+            });
+        unrolled<4>([&](auto) { below(here); });
         unrolled<kVecs<T> * kSums>([&](auto n) {
           constexpr int j = n / kSums, s = n % kSums;
           sum[j][s] = four == 0 ? chain[j][s] : sum[j][s] + chain[j][s];
@@ -224,30 +227,41 @@ template <bool kNontemporal, int kRows, class Body>
   using T = typename Body::Element;
   const Place at = place<IndexMap::kColumns>(p, row, first);
   const int64_t stride = p.row_stride, mask_stride = (stride + 7) / 8;
-  // Of a row alone, units of so many slots; those after the last slot are that one again.
-  constexpr int kSlots = kRows == 1 ? Body::kTogether : 1;
-  const int64_t last = (columns - 1) / kUnit<T> * kUnit<T>;
-  for (int64_t slot = 0; slot < columns; slot += kSlots * kUnit<T>) {
-    const auto slot_of = [&](auto n) {
-      return kSlots == 1 ? slot : std::min<int64_t>(slot + n * kUnit<T>, last);
+  // Inline, because gcc 12 drops calls of a function that only prefetches.
+  const auto prefetch = [&](const Place& here, int64_t slot) __attribute__((always_inline)) {
+    if (slot * sizeof(T) % 64 != 0) return;
+    body.template prefetch<2>(here.element + ahead);
+    if constexpr (!kNontemporal) body.prefetch_stores(here.element);
+  };
+  if constexpr (Body::kTogether > 1) {
+    const int64_t last = (columns - 1) / kUnit<T> * kUnit<T>;
+    const auto place_of = [&](int64_t slot) {
+      return at + std::min<int64_t>(slot, columns - kUnit<T>);
     };
-    const auto here = [&](auto n) {
-      const Place top = at + std::min<int64_t>(slot_of(n), columns - kUnit<T>);
-      return top.below(n % kRows, stride, mask_stride);
-    };
-    decltype(body.at(0)) k[kSlots];
-    unrolled<kSlots>([&](auto s) { k[s] = body.at(first + slot_of(s)); });
-    for_units<kRows * kSlots>(
-        body,
-        [&](auto n) {
-          if (slot_of(n) * sizeof(T) % 64 == 0) {
-            body.template prefetch<2>(here(n).element + ahead);
-            if constexpr (!kNontemporal) body.prefetch_stores(here(n).element);
-          }
-          return body.load(k[n / kRows], here(n));
+    // After the last unit that one again.
+    for (int64_t slot = 0; slot < columns; slot += Body::kTogether * kUnit<T>)
+      for_units<Body::kTogether>(
+          body, slot, [&](int64_t& slot) { slot = std::min<int64_t>(slot + kUnit<T>, last); },
+          [&](auto, int64_t slot) {
+            prefetch(place_of(slot), slot);
+            return body.load(body.at(first + slot), place_of(slot));
+          },
+          [&](auto, int64_t slot, const auto& values) {
+            body.template apply<kNontemporal>(body.at(first + slot), place_of(slot), values);
+          });
+    return;
+  }
+  for (int64_t slot = 0; slot < columns; slot += kUnit<T>) {
+    const auto k = body.at(first + slot);
+    for_units<kRows>(
+        body, at + std::min<int64_t>(slot, columns - kUnit<T>),
+        [&](Place& here) { here.element += stride, here.mask_row += mask_stride; },
+        [&](auto, const Place& here) {
+          prefetch(here, slot);
+          return body.load(k, here);
         },
-        [&](auto n, const auto& values) {
-          body.template apply<kNontemporal>(k[n / kRows], here(n), values);
+        [&](auto, const Place& here, const auto& values) {
+          body.template apply<kNontemporal>(k, here, values);
         });
   }
 }
@@ -272,13 +286,14 @@ template <class Body>
     for (; row + rows <= end; row += rows)
       apply_group<nontemporal, rows>(body, p, row, first, columns, ahead);
   };
+  // A body that takes units together takes them side by side.
+  using Four = std::integral_constant<int, Body::kTogether == 1 ? 4 : 1>;
   using One = std::integral_constant<int, 1>;
   for (int64_t begin, end = row1; end > row0; end = begin) {
     int64_t row = begin = row0 + (end - row0 - 1) / block * block;
-    if (!p.nontemporal_stores)
-      groups(std::false_type{}, std::integral_constant<int, 4>{}, row, end);
+    if (!p.nontemporal_stores) groups(std::false_type{}, Four{}, row, end);
     if (!p.nontemporal_stores) groups(std::false_type{}, One{}, row, end);
-    if (row_bytes <= 1024) groups(std::true_type{}, std::integral_constant<int, 4>{}, row, end);
+    if (row_bytes <= 1024) groups(std::true_type{}, Four{}, row, end);
     groups(std::true_type{}, One{}, row, end);
   }
   if (p.nontemporal_stores) fence_nontemporal();

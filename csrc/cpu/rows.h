@@ -35,8 +35,8 @@ struct RowSums {
   static void add(const Body& body, const Coefficients& k, const Place& at, const Keep& kept,
                   Vec<A> (*sums)[kSums]) {
     for_units<1>(
-        body, [&](auto) { return body.load(k, at); },
-        [&](auto, const auto& values) { body.add(k, at, values, kept, sums); });
+        body, at, [](Place&) {}, [&](auto, const Place& at) { return body.load(k, at); },
+        [&](auto, const Place& at, const auto& values) { body.add(k, at, values, kept, sums); });
   }
   // A run of up to 4 * kRun elements. `tail`: the new ones of the unit that ends it.
   static void sum(const Body& body, const Coefficients& k, const Place& at, int64_t length,
@@ -50,15 +50,14 @@ struct RowSums {
         clear(chains);
         for (int n = 0; n < 4 && i + kGroup <= length; ++n, i += kGroup)
           for_units<kChains / kVecs<T>>(
-              body,
-              [&](auto u) {
-                const Place here = at + (i + u * kUnit<T>);
+              body, at + i, [](Place& here) { here += kUnit<T>; },
+              [&](auto u, const Place& here) {
                 if (u * kUnit<T> * sizeof(T) % 64 == 0)
                   body.template prefetch<3>(here.element + kAheadBytes / sizeof(T));
                 return body.load(k, here);
               },
-              [&](auto u, const auto& values) {
-                body.add(k, at + (i + u * kUnit<T>), values, All{}, chains + u * kVecs<T>);
+              [&](auto u, const Place& here, const auto& values) {
+                body.add(k, here, values, All{}, chains + u * kVecs<T>);
               });
         unrolled<kSums>([&](auto s) {
           Vec<A> half = chains[0][s] + chains[kChains / 2][s];
@@ -139,28 +138,25 @@ inline void apply_run(const Body& body, const Coefficients& k, const Place& at, 
                       int64_t ahead) {
   using T = typename Body::Element;
   constexpr int kUnits = std::max<int>(64 / sizeof(T) / kUnit<T>, Body::kTogether);
-  const auto apply = [&](const Place& here, auto u, const auto& values) {
-    body.template apply<kNontemporal>(k, here + u * kUnit<T>, values);
+  const auto apply = [&](auto, const Place& here, const auto& values) {
+    body.template apply<kNontemporal>(k, here, values);
   };
   int64_t i = 0;
   for (; i + kUnits * kUnit<T> <= length; i += kUnits * kUnit<T>)
     for_units<kUnits>(
-        body,
-        [&](auto u) {
-          const Place here = at + (i + u * kUnit<T>);
+        body, at + i, [](Place& here) { here += kUnit<T>; },
+        [&](auto u, const Place& here) {
           if (u * kUnit<T> * sizeof(T) % 64 == 0) {
             body.template prefetch<2>(here.element + ahead);
             if constexpr (!kNontemporal) body.prefetch_stores(here.element);
           }
           return body.load(k, here);
         },
-        [&](auto u, const auto& values) { apply(at + i, u, values); });
-  for (; i < length; i += kUnit<T>) {
-    const Place here = at + std::min<int64_t>(i, length - kUnit<T>);
+        apply);
+  for (; i < length; i += kUnit<T>)
     for_units<1>(
-        body, [&](auto) { return body.load(k, here); },
-        [&](auto u, const auto& values) { apply(here, u, values); });
-  }
+        body, at + std::min<int64_t>(i, length - kUnit<T>), [](Place&) {},
+        [&](auto, const Place& here) { return body.load(k, here); }, apply);
 }
 
 // The same elements of rows of channels [c0, c1).

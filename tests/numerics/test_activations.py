@@ -98,7 +98,9 @@ def test_special_values(act, param, dtype, residual, device) -> None:
     # On the CPU torch's vectors differ from its scalars where z is NaN, oneDNN's at infinity too.
     theirs = [torch.tensor([v], dtype=dtype, device=device, requires_grad=True) for v in values]
     want = [torchs(z) for z in theirs]
-    want_grad = [torch.autograd.grad(y, z, torch.ones_like(z))[0] for y, z in zip(want, theirs)]
+    want_grad = [
+        torch.autograd.grad(y, z, torch.ones_like(z))[0] for y, z in zip(want, theirs, strict=True)
+    ]
     # 7 rows end in a part of a unit; a value has a unit for itself, and shares one.
     z = torch.tensor(values, dtype=dtype, device=device)
     for shape in ((len(z), 1, 1, 1), (7, 1, 1, 67)):
