@@ -8,7 +8,9 @@ from torch import Tensor
 
 from bnext._extension import _C
 
-__all__ = ["ACTIVATIONS", "Activation", "activate", "check_activation", "parameter"]
+__all__ = [
+    "ACTIVATIONS", "BY_KIND", "Activation", "activate", "check_activation", "parameter", "through",
+]  # fmt: skip
 
 
 class Activation(NamedTuple):
@@ -25,6 +27,8 @@ ACTIVATIONS: dict[str | None, Activation] = {
     )
     for name, (kind, needs, devices) in _C.activations().items()
 }
+
+BY_KIND = {a.kind: (name, a) for name, a in ACTIVATIONS.items()}
 
 
 def activate(z: Tensor, act: str | None, act_param: float) -> Tensor:
@@ -52,6 +56,32 @@ def activate(z: Tensor, act: str | None, act_param: float) -> Tensor:
     if act == "sigmoid":
         return torch.sigmoid(z)
     raise ValueError(f"act: there is no activation named {act}")  # a script checks nothing before
+
+
+def through(dy: Tensor, z: Tensor, act: str | None, act_param: float) -> Tensor:
+    """The gradient dy f'(z), from operations that have derivatives."""
+    aten = torch.ops.aten
+    out: Tensor
+    if act == "relu":
+        out = aten.threshold_backward(dy, z, 0)
+    elif act == "relu6":
+        out = aten.hardtanh_backward(dy, z, 0, 6)
+    elif act == "leaky_relu":
+        out = aten.leaky_relu_backward(dy, z, act_param, False)
+    elif act == "silu":
+        s = z.sigmoid()  # aten.silu_backward has no derivative
+        out = dy * s * (1 + z * (1 - s))
+    elif act == "hardswish":
+        out = aten.hardswish_backward(dy, z)
+    elif act in ("gelu", "gelu_tanh"):
+        out = aten.gelu_backward(dy, z, approximate="tanh" if act == "gelu_tanh" else "none")
+    elif act == "elu":
+        out = aten.elu_backward(dy, act_param, 1, 1, False, z)
+    elif act == "tanh":
+        out = aten.tanh_backward(dy, z.tanh())
+    else:
+        out = aten.sigmoid_backward(dy, z.sigmoid())
+    return out
 
 
 def parameter(act: str | None, act_param: float | None) -> float:

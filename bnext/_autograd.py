@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from bnext._activation import ACTIVATIONS
+from bnext._activation import ACTIVATIONS, BY_KIND, through
 from bnext._ops import DOUBLE_BACKWARD_DEVICES, EAGER, TRACED
 
 __all__ = ["BatchNormFunction", "apply", "traced_apply"]
@@ -219,7 +219,8 @@ def traced_apply(*args: Any) -> Tensor:
 
 def _differentiable_backward(grad_out: Tensor, *args: Any) -> _Grads:
     """The backward op in a form that can be differentiated; takes the op's arguments."""
-    fused = grad_out.device.type in DOUBLE_BACKWARD_DEVICES
+    curved = BY_KIND[args[9]][1].needs == "sum"
+    fused = grad_out.device.type in DOUBLE_BACKWARD_DEVICES and not curved
     if fused and not torch._C._are_functorch_transforms_active():
         grads: _Grads = _GradientFunction.apply(grad_out, *args)
         return grads
@@ -309,17 +310,18 @@ def _composed_backward(
         var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
     invstd = torch.rsqrt(var + eps)
     normalized = (x - mean) * invstd
-    if act:
-        with torch.no_grad():
-            if mask is None:
-                output = normalized if weight is None else normalized * per_channel(weight)
-                blocked = (output if bias is None else output + per_channel(bias)) <= 0
-            else:  # the op unpacks it: a residual's gradient of ones passes where the mask is set
-                blocked = TRACED.backward(
-                    torch.ones_like(input), input, weight, save_stats, eps, running_mean,
-                    running_var, bias, None, mask, act, act_param, False, False, False, True,
-                )[3] == 0  # fmt: skip
-        dy = dy.masked_fill(blocked, 0.0)
+    if mask is not None:
+        with torch.no_grad():  # the op unpacks it: f' is what it makes of a gradient of ones
+            slope = TRACED.backward(
+                torch.ones_like(input), input, weight, save_stats, eps, running_mean,
+                running_var, bias, None, mask, act, act_param, False, False, False, True,
+            )[3]  # fmt: skip
+        dy = (dy * slope).masked_fill(slope == 0, 0.0)
+    elif act:
+        z = normalized if weight is None else normalized * per_channel(weight)
+        z = z if bias is None else z + per_channel(bias)
+        z = z if residual is None else z + residual.to(acc_t)
+        dy = through(dy, z, BY_KIND[act][0], act_param)
     grad_input = grad_weight = grad_bias = None
     if need_input:
         grad_input = dy

@@ -258,6 +258,13 @@ def check_act_operands(
         fail(f"residual: expected where one was added before {name}")
 
 
+def check_act_is_linear(act: int, needs: str) -> None:
+    """The double backward takes no activation with a second derivative."""
+    if needs == "sum":
+        name = next(name for name, a in ACTIVATIONS.items() if a.kind == act)
+        fail(f"act: expected none that is curved, got {name}")
+
+
 def check_any_statistics(
     save_stats: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None, x: Input
 ) -> None:

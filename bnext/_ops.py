@@ -9,6 +9,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from bnext._check import (
     Input,
     check_act,
+    check_act_is_linear,
     check_act_operands,
     check_any_statistics,
     check_counter,
@@ -201,6 +202,7 @@ def _fake_double_backward(
     check_like_input("residual", residual, x, optional=True)
     check_mask(mask, x)
     check_act_operands(act, needs, residual, mask, grad_grad_residual is not None)
+    check_act_is_linear(act, needs)
     return (
         _output(x) if need_grad_out else None,
         _output(x) if need_input else None,

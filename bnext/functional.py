@@ -61,10 +61,11 @@ def batch_norm_act(
         y = \mathrm{act}\left(\frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma
         + \beta + \mathrm{residual}\right)
 
-    Equal to ``act(batch_norm(input, ...) + residual)``. With ReLU no intermediate result is written
-    to memory, and backward needs one bit per element, or nothing if there is no residual. Other
-    activations follow as torch's operations. The normalisation is Algorithm 1 of
-    `Ioffe & Szegedy, 2015 <https://arxiv.org/abs/1502.03167>`__.
+    Equal to ``act(batch_norm(input, ...) + residual)``, without writing an intermediate result to
+    memory. Backward needs the sign of the sum for ReLU, ReLU6 and leaky ReLU (one bit per element,
+    or nothing if there is no residual), and computes the sum again for the others, which keeps the
+    residual alive. On GPUs only ReLU is in the kernels: the others follow as torch's operations.
+    The normalisation is Algorithm 1 of `Ioffe & Szegedy, 2015 <https://arxiv.org/abs/1502.03167>`__.
 
     Args:
         input: :math:`(N, C, *)` with up to three spatial dimensions.

@@ -151,8 +151,9 @@ def _notes(training: bool, unfused: str | None) -> tuple[str, ...]:
         "ATen runs torch.jit's script and trace, forward-mode AD, torch.func's vmap and jvp, "
         "tensor subclasses (DTensor, ...), devices and layouts without kernels (xpu, mkldnn)",
         "a gradient that is differentiated again (create_graph=True) is one op on "
-        f"{', '.join(sorted(DOUBLE_BACKWARD_DEVICES))}; elsewhere, and from the third derivative "
-        "on, it is composed of ATen's operations",
+        f"{', '.join(sorted(DOUBLE_BACKWARD_DEVICES))} (but for activations with a second "
+        "derivative of their own); elsewhere, and from the third derivative on, it is composed of "
+        "ATen's operations",
     )
 
 

@@ -276,9 +276,9 @@ class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
         y = \mathrm{act}\left(\frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} * \gamma
         + \beta + \mathrm{residual}\right)
 
-    It replaces ``act(bn(x) + residual)`` or ``act(bn(x))``. With ReLU neither the normalised tensor
-    nor the sum is written to memory; other activations follow as torch's operations. Parameters,
-    buffers and ``state_dict`` are those of :class:`bnext.BatchNorm2d`.
+    It replaces ``act(bn(x) + residual)`` or ``act(bn(x))``. Neither the normalised tensor nor the
+    sum is written to memory (on GPUs with ReLU only: others follow as torch's operations).
+    Parameters, buffers and ``state_dict`` are those of :class:`bnext.BatchNorm2d`.
 
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as in

@@ -1,13 +1,13 @@
-// The activation y = f(z) of z = bn(x) + residual: its kinds, what backward needs of each, which
-// backends' kernels take it, and f itself. T is a device scalar or a host vector with operator<=,
-// operator! and keep() of its own. Includes only the standard library.
+// The activation: y = f(z), z = bn(x) + residual. Its kinds, what backward needs of each, which
+// backend's kernels take it, f and f'. Includes the standard library only.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <iterator>
 
-// Small functions of host and device. Always inline on the host: gcc left some out of line.
+// Small functions of host and device, inline on both: gcc left some out of line.
 #ifdef __CUDACC__
 #define BNEXT_HD __host__ __device__
 #else
@@ -30,24 +30,24 @@ enum class Act : uint8_t {
   kSigmoid,
 };
 
-// What backward needs to know of z: nothing; which of two values f' takes (one bit, kept in a mask
-// where there is a residual); or z itself (computed again from the input and the residual).
+// What backward needs to know of z: where f' takes which of two values (a bit, kept in a mask
+// where there is a residual), or z itself (computed again from the input and the residual).
 enum class Needs : uint8_t { kNothing, kSign, kSum };
 
 struct ActTraits {
   const char* name;
   Needs needs;
-  bool on_cpu, on_cuda;  // whether the kernels take it; if not, torch's operation follows them
+  bool on_cpu, on_cuda;  // the kernels take it; elsewhere torch's operation follows them
 };
 
 // In the order of Act.
 inline constexpr ActTraits kActs[] = {
-    {"none", Needs::kNothing, true, true},  {"relu", Needs::kSign, true, true},
-    {"relu6", Needs::kSign, false, false},  {"leaky_relu", Needs::kSign, false, false},
-    {"silu", Needs::kSum, false, false},    {"hardswish", Needs::kSum, false, false},
-    {"gelu", Needs::kSum, false, false},    {"gelu_tanh", Needs::kSum, false, false},
-    {"elu", Needs::kSum, false, false},     {"tanh", Needs::kSum, false, false},
-    {"sigmoid", Needs::kSum, false, false},
+    {"none", Needs::kNothing, true, true}, {"relu", Needs::kSign, true, true},
+    {"relu6", Needs::kSign, true, false},  {"leaky_relu", Needs::kSign, true, false},
+    {"silu", Needs::kSum, true, false},    {"hardswish", Needs::kSum, true, false},
+    {"gelu", Needs::kSum, true, false},    {"gelu_tanh", Needs::kSum, true, false},
+    {"elu", Needs::kSum, true, false},     {"tanh", Needs::kSum, true, false},
+    {"sigmoid", Needs::kSum, true, false},
 };
 inline constexpr Act kLastAct = static_cast<Act>(std::size(kActs) - 1);
 static_assert(kLastAct == Act::kSigmoid);
@@ -62,27 +62,217 @@ constexpr const char* to_string(Needs n) {
   return n == Needs::kNothing ? "nothing" : n == Needs::kSign ? "sign" : "sum";
 }
 
-// Whether z passes the activation. NaN does, as in torch.
 template <class T>
-BNEXT_HD inline auto passes(const T& z) {
-  return !(z <= T(0));
+BNEXT_HD inline T select(bool condition, const T& yes, const T& no) {
+  return condition ? yes : no;
 }
 
-template <class T>
-BNEXT_HD inline T keep(bool passed, T z) {
-  return passed ? z : T(0);
-}
+// Each kind: f(z), and f'(z) times dy. Where two values of f' are enough, passes(z) chooses, and
+// gradient(passed, dy) follows. T is a scalar or a vector with operators and functions of its own;
+// `a` is the parameter. At the kinks and at NaN as torch.
+template <Act>
+struct Activation;
 
-// f(z) and dy * f'(z), given whether z passed.
-template <Act kAct, class Passed, class T>
-BNEXT_HD inline T activate(const Passed& passed, const T& z) {
-  static_assert(kAct == Act::kRelu);
-  return keep(passed, z);
+template <>
+struct Activation<Act::kRelu> {
+  static constexpr Needs needs = Needs::kSign;
+  template <class T>
+  BNEXT_HD static auto passes(const T& z) {
+    return !(z <= T(0));
+  }
+  template <class T>
+  BNEXT_HD static T f(const T& z, const T&) {
+    return select(passes(z), z, T(0));
+  }
+  template <class Passed, class T>
+  BNEXT_HD static T gradient(const Passed& passed, const T& dy, const T&) {
+    return select(passed, dy, T(0));
+  }
+};
+
+template <>
+struct Activation<Act::kRelu6> : Activation<Act::kRelu> {
+  template <class T>
+  BNEXT_HD static auto passes(const T& z) {
+    return (!(z <= T(0))) & (!(T(6) <= z));
+  }
+  template <class T>
+  BNEXT_HD static T f(const T& z, const T&) {
+    return select(passes(z), z, select(z <= T(0), T(0), T(6)));
+  }
+};
+
+template <>
+struct Activation<Act::kLeakyRelu> {
+  static constexpr Needs needs = Needs::kSign;
+  template <class T>
+  BNEXT_HD static auto passes(const T& z) {
+    return T(0) < z;
+  }
+  template <class T>
+  BNEXT_HD static T f(const T& z, const T& a) {
+    return select(passes(z), z, z * a);
+  }
+  template <class Passed, class T>
+  BNEXT_HD static T gradient(const Passed& passed, const T& dy, const T& a) {
+    return select(passed, dy, dy * a);
+  }
+};
+
+template <>
+struct Activation<Act::kSilu> {
+  static constexpr Needs needs = Needs::kSum;
+  template <class T>
+  BNEXT_HD static T f(const T& z, const T&) {
+    return z * sigmoid(z);
+  }
+  template <class T>
+  BNEXT_HD static T df(const T& z, const T&) {
+    const T s = sigmoid(z);
+    return s * (T(1) + z * (T(1) - s));
+  }
+};
+
+template <>
+struct Activation<Act::kHardswish> {
+  static constexpr Needs needs = Needs::kSum;
+  template <class T>
+  BNEXT_HD static T f(const T& z, const T&) {
+    const T share = select(z <= T(-3), T(0), select(T(3) <= z, T(1), (z + T(3)) * T(1.0 / 6)));
+    return z * share;
+  }
+  template <class T>
+  BNEXT_HD static T df(const T& z, const T&) {
+    const T slope = z * T(1.0 / 3) + T(0.5);
+    return select(z <= T(-3), T(0), select(z < T(3), slope, T(1)));
+  }
+};
+
+template <>
+struct Activation<Act::kGelu> {
+  static constexpr Needs needs = Needs::kSum;
+  template <class T>
+  BNEXT_HD static T f(const T& z, const T&) {
+    return z * cdf(z);
+  }
+  template <class T>
+  BNEXT_HD static T df(const T& z, const T&) {
+    using std::exp;
+    return cdf(z) + z * exp(z * z * T(-0.5)) * T(0.39894228040143268);  // 1 / sqrt(2 pi)
+  }
+
+ private:
+  template <class T>
+  BNEXT_HD static T cdf(const T& z) {
+    using std::erf;
+    return T(0.5) + T(0.5) * erf(z * T(0.70710678118654752));
+  }
+};
+
+template <>
+struct Activation<Act::kGeluTanh> {
+  static constexpr Needs needs = Needs::kSum;
+  template <class T>
+  BNEXT_HD static T f(const T& z, const T&) {
+    return z * (T(0.5) + T(0.5) * t(z));
+  }
+  template <class T>
+  BNEXT_HD static T df(const T& z, const T&) {
+    const T u = t(z), inner = T(kScale) + z * z * T(3 * kScale * kCubic);
+    return T(0.5) + T(0.5) * (u + z * (T(1) - u * u) * inner);
+  }
+
+ private:
+  static constexpr double kScale = 0.79788456080286536, kCubic = 0.044715;  // sqrt(2 / pi)
+  template <class T>
+  BNEXT_HD static T t(const T& z) {
+    using std::tanh;
+    return tanh(z * (T(kScale) + z * z * T(kScale * kCubic)));
+  }
+};
+
+template <>
+struct Activation<Act::kElu> {
+  static constexpr Needs needs = Needs::kSum;
+  template <class T>
+  BNEXT_HD static T f(const T& z, const T& a) {
+    using std::expm1;
+    return select(z <= T(0), a * expm1(z), z);
+  }
+  template <class T>
+  BNEXT_HD static T df(const T& z, const T& a) {
+    using std::exp;
+    return select(z <= T(0), a * exp(z), T(1));
+  }
+};
+
+template <>
+struct Activation<Act::kTanh> {
+  static constexpr Needs needs = Needs::kSum;
+  template <class T>
+  BNEXT_HD static T f(const T& z, const T&) {
+    using std::tanh;
+    return tanh(z);
+  }
+  template <class T>
+  BNEXT_HD static T df(const T& z, const T& a) {
+    const T t = f(z, a);
+    return T(1) - t * t;
+  }
+};
+
+template <>
+struct Activation<Act::kSigmoid> {
+  static constexpr Needs needs = Needs::kSum;
+  template <class T>
+  BNEXT_HD static T f(const T& z, const T&) {
+    return sigmoid(z);
+  }
+  template <class T>
+  BNEXT_HD static T df(const T& z, const T&) {
+    const T s = sigmoid(z);
+    return s * (T(1) - s);
+  }
+};
+
+// g(Activation<a>), of those that need the sign or the sum.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class G>
+BNEXT_HD inline decltype(auto) visit_sign(Act a, const G& g) {
+  switch (a) {
+    case Act::kRelu6:
+      return g(Activation<Act::kRelu6>{});
+    case Act::kLeakyRelu:
+      return g(Activation<Act::kLeakyRelu>{});
+    default:
+      return g(Activation<Act::kRelu>{});
+  }
 }
-template <Act kAct, class Passed, class T>
-BNEXT_HD inline T activate_backward(const Passed& passed, const T& dy) {
-  static_assert(kAct == Act::kRelu);
-  return keep(passed, dy);
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class G>
+BNEXT_HD inline decltype(auto) visit_act(Act a, const G& g) {
+  switch (a) {
+    case Act::kSilu:
+      return g(Activation<Act::kSilu>{});
+    case Act::kHardswish:
+      return g(Activation<Act::kHardswish>{});
+    case Act::kGelu:
+      return g(Activation<Act::kGelu>{});
+    case Act::kGeluTanh:
+      return g(Activation<Act::kGeluTanh>{});
+    case Act::kElu:
+      return g(Activation<Act::kElu>{});
+    case Act::kTanh:
+      return g(Activation<Act::kTanh>{});
+    case Act::kSigmoid:
+      return g(Activation<Act::kSigmoid>{});
+    default:
+      return visit_sign(a, g);
+  }
 }
 
 }  // namespace bnext

@@ -181,6 +181,13 @@ inline void check_act_operands(bool residual, bool mask, bool had_residual, cons
               "residual: expected where one was added before ", to_string(act));
 }
 
+// The double backward takes no activation with a second derivative.
+inline void check_act_is_linear(const Input& x) {
+  const Act act = x.problem.act;
+  BNEXT_CHECK(traits(act).needs != Needs::kSum, "act: expected none that is curved, got ",
+              to_string(act));
+}
+
 // Both derivatives need the batch's statistics or else the running ones.
 inline void check_any_statistics(bool save_stats, bool running, const Input& x) {
   BNEXT_CHECK(save_stats || running || x.empty(),

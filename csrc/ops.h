@@ -157,6 +157,7 @@ struct Ops {
     const OptionalTensor z = check_like_input("residual", residual, x);
     args.mask = check_mask(mask, x);
     check_act_operands(z.has_value(), mask.has_value(), v.has_value(), x);
+    check_act_is_linear(x);
     x.problem.need_input = need_grad_out || need_input;
     set_activation(x.problem, z.has_value(), mask.has_value());
 

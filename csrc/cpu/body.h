@@ -3,8 +3,10 @@
 //   Element, kMap, in[kInputs], out[kOutputs], mask
 //   at(bin): its coefficients for a channel (rows) or for the columns of a slot
 //   prefetch<kLocality>(element)
-// and, to sum: Accumulator, kSums, add(coefficients, place, keep, sums[kVecs]),
-// and, to write: apply<kNontemporal>(coefficients, place).
+//   load(coefficients, place): its values of a unit
+//   kTogether: units that are loaded together where more than one; then finish(values, how many)
+// and, to sum: Accumulator, kSums, add(coefficients, place, values, keep, sums[kVecs]),
+// and, to write: apply<kNontemporal>(coefficients, place, values).
 //
 // Sums: no float takes more than 4 addends in a row. 4 values make a chain, 4 chains a block, 4
 // blocks a run, 4 runs go to double (rows); a group of 4 rows, 4 groups, 4 of those (columns).
@@ -27,6 +29,7 @@ struct Place {
   int64_t element, mask_row, bit;
 
   Place operator+(int64_t i) const { return {element + i, mask_row, bit + i}; }
+  void operator+=(int64_t i) { *this = *this + i; }
 };
 
 // A row of a channel, or a row of columns.
@@ -65,7 +68,7 @@ inline const Vec<A>& keep(const All&, int, const Vec<A>& x) {
 }
 template <class T, class A>
 inline Vec<A> keep(const Mask<T, A>& mask, int j, const Vec<A>& x) {
-  return keep(mask.v[j], x);
+  return select(mask.v[j], x, Vec<A>(A{0}));
 }
 
 template <int kCount, class A, int kSums>
@@ -108,6 +111,7 @@ struct BodyOf {
   static constexpr IndexMap kMap = kIndexMap;
   static constexpr int kInputs = kIn, kOutputs = kOut;
   static constexpr bool kWritesMask = kMaskWritten;
+  static constexpr int kTogether = 1;
   const T* in[kIn];
   T* out[std::max(kOut, 1)];
   uint8_t* mask;  // null: none
@@ -121,5 +125,21 @@ struct BodyOf {
       __builtin_prefetch(out[o] + element + kStoreAheadBytes / sizeof(T), 1, 3);
   }
 };
+
+// use(i, here, load(i, here)) of kCount units, `here` moved on by step(here).
+template <int kCount, class Body, class Here, class Step, class Load, class Use>
+[[gnu::always_inline]] inline void for_units(const Body& body, Here here, const Step& step,
+                                             const Load& load, const Use& use) {
+  if constexpr (Body::kTogether > 1) {
+    const Here first = here;
+    decltype(load(0, here)) values[kCount];
+    for (int i = 0; i < kCount; ++i) values[i] = load(i, here), step(here);
+    body.finish(values, kCount);
+    here = first;
+    unrolled<kCount>([&](auto i) { use(i, here, values[i]), step(here); });
+  } else {
+    unrolled<kCount>([&](auto i) { use(i, here, load(i, here)), step(here); });
+  }
+}
 
 }  // namespace bnext::BNEXT_ISA_NAMESPACE

@@ -113,14 +113,20 @@ class ColumnSums {
     const int64_t ahead = ahead_;
     for (int64_t slot = 0; slot < columns; slot += kUnit<T>) {
       const auto k = body.at(at.bit + slot);
-      Place here = at + std::min<int64_t>(slot, columns - kUnit<T>);
+      const Place here = at + std::min<int64_t>(slot, columns - kUnit<T>);
+      const auto below = [&](Place& p) { p.element += stride, p.mask_row += mask_stride; };
       Vec<A> chain[kVecs<T>][kSums];
       BNEXT_ISA_NAMESPACE::clear(chain);
-      unrolled<kRows>([&](auto) {
-        if (ahead && slot * sizeof(T) % 64 == 0) body.template prefetch<2>(here.element + ahead);
-        body.add(k, here, All{}, chain);
-        here.element += stride, here.mask_row += mask_stride;
-      });
+      for_units<kRows>(
+          body, here, below,
+          [&](auto, const Place& here) {
+            if (ahead && slot * sizeof(T) % 64 == 0)
+              body.template prefetch<2>(here.element + ahead);
+            return body.load(k, here);
+          },
+          [&](auto, const Place& here, const auto& values) {
+            body.add(k, here, values, All{}, chain);
+          });
       unrolled<kVecs<T> * kSums>([&](auto n) {
         constexpr int j = n / kSums, s = n % kSums;
         A* const level1 = level1_[s] + slot + j * kLanes;
@@ -213,17 +219,42 @@ template <bool kNontemporal, int kRows, class Body>
   using T = typename Body::Element;
   const Place at = place<IndexMap::kColumns>(p, row, first);
   const int64_t stride = p.row_stride, mask_stride = (stride + 7) / 8;
+  // Inline, because gcc 12 drops calls of a function that only prefetches.
+  const auto prefetch = [&](const Place& here, int64_t slot) __attribute__((always_inline)) {
+    if (slot * sizeof(T) % 64 != 0) return;
+    body.template prefetch<2>(here.element + ahead);
+    if constexpr (!kNontemporal) body.prefetch_stores(here.element);
+  };
+  if constexpr (Body::kTogether > 1) {
+    const int64_t last = (columns - 1) / kUnit<T> * kUnit<T>;
+    const auto place_of = [&](int64_t slot) {
+      return at + std::min<int64_t>(slot, columns - kUnit<T>);
+    };
+    // After the last unit that one again.
+    for (int64_t slot = 0; slot < columns; slot += Body::kTogether * kUnit<T>)
+      for_units<Body::kTogether>(
+          body, slot, [&](int64_t& slot) { slot = std::min<int64_t>(slot + kUnit<T>, last); },
+          [&](auto, int64_t slot) {
+            prefetch(place_of(slot), slot);
+            return body.load(body.at(first + slot), place_of(slot));
+          },
+          [&](auto, int64_t slot, const auto& values) {
+            body.template apply<kNontemporal>(body.at(first + slot), place_of(slot), values);
+          });
+    return;
+  }
   for (int64_t slot = 0; slot < columns; slot += kUnit<T>) {
     const auto k = body.at(first + slot);
-    Place here = at + std::min<int64_t>(slot, columns - kUnit<T>);
-    unrolled<kRows>([&](auto) {
-      if (slot * sizeof(T) % 64 == 0) {
-        body.template prefetch<2>(here.element + ahead);
-        if constexpr (!kNontemporal) body.prefetch_stores(here.element);
-      }
-      body.template apply<kNontemporal>(k, here);
-      here.element += stride, here.mask_row += mask_stride;
-    });
+    for_units<kRows>(
+        body, at + std::min<int64_t>(slot, columns - kUnit<T>),
+        [&](Place& here) { here.element += stride, here.mask_row += mask_stride; },
+        [&](auto, const Place& here) {
+          prefetch(here, slot);
+          return body.load(k, here);
+        },
+        [&](auto, const Place& here, const auto& values) {
+          body.template apply<kNontemporal>(k, here, values);
+        });
   }
 }
 
@@ -242,13 +273,15 @@ template <class Body>
     with_rest(body, p,
               [&](const Body& staged) { apply_group<false, 1>(staged, p, 0, first, columns, 0); });
   // Non-temporal stores must finish their lines before the buffers for them run out (24x1024x14x14,
-  // float32: 13.8 ms by 4 rows, 5.3 by 1).
+  // float32: 13.8 ms by 4 rows, 5.3 by 1). A body that takes units together takes them side by
+  // side.
+  constexpr int kRows = Body::kTogether == 1 ? 4 : 1;
   const bool by_four = !p.nontemporal_stores || row_bytes <= 1024;
   with_bool(p.nontemporal_stores, [&](auto nontemporal) {
     for (int64_t begin, end = row1; end > row0; end = begin) {
       int64_t row = begin = row0 + (end - row0 - 1) / block * block;
-      for (; by_four && row + 4 <= end; row += 4)
-        apply_group<nontemporal, 4>(body, p, row, first, columns, ahead);
+      for (; by_four && row + kRows <= end; row += kRows)
+        apply_group<nontemporal, kRows>(body, p, row, first, columns, ahead);
       for (; row < end; ++row) apply_group<nontemporal, 1>(body, p, row, first, columns, ahead);
     }
   });

@@ -7,15 +7,17 @@
 namespace bnext::BNEXT_ISA_NAMESPACE {
 namespace {
 
-template <class T, IndexMap kIndexMap, Act kAct, Passed kPassed, bool kApplies>
+// kAct: an activation, one of those that need no more than where they passed.
+template <class T, IndexMap kIndexMap, bool kAct, bool kApplies>
 struct DoubleBackward : BodyOf<T, kIndexMap, 4, kApplies ? 2 : 0> {
   using Accumulator = double;
   using C = compute_t<T>;
   static constexpr int kSums = 5;
   DoubleBackwardArrays arrays;
+  AnyAct<T> act;
 
   struct Coefficients {
-    Recomputed<T, kIndexMap, kPassed> forward;
+    Recomputed<T, kIndexMap, kAct> forward;
     PerUnit<kIndexMap, T> invstd, a_u, a_h, a_1, b_g, b_u, b_h, b_1;
   };
   Coefficients at(int64_t bin) const {
@@ -31,20 +33,21 @@ struct DoubleBackward : BodyOf<T, kIndexMap, 4, kApplies ? 2 : 0> {
     Unit<T> x, u, g;  // g where the activation passed
     Mask<T> passed;
   };
-  Values load_values(const Coefficients& k, const Place& place) const {
+  Values load(const Coefficients& k, const Place& place) const {
     Values v;
     v.x = load_unit(this->in[0] + place.element);
     v.u = load_unit(this->in[1] + place.element);
     v.g = load_unit(this->in[2] + place.element);
-    v.passed = where_passed(k.forward, v.x, this->mask, place);
-    through_activation<kAct>(v.passed, v.g);
+    if constexpr (kAct) {
+      v.passed = this->mask ? read_mask<T>(this->mask, place) : act.passes(k.forward.z(v.x));
+      act.through(v.passed, v.g);
+    }
     return v;
   }
 
   template <class Keep>
-  void add(const Coefficients& k, const Place& place, const Keep& kept,
+  void add(const Coefficients& k, const Place&, const Values& v, const Keep& kept,
            Vec<double> (*sums)[kSums]) const {
-    const Values v = load_values(k, place);
     unrolled<kVecs<T>>([&](auto j) {
       const Vec<double> u = keep(kept, j, to_double(v.u.v[j]));
       const Vec<double> g = keep(kept, j, to_double(v.g.v[j]));
@@ -58,8 +61,7 @@ struct DoubleBackward : BodyOf<T, kIndexMap, 4, kApplies ? 2 : 0> {
   }
 
   template <bool kNontemporal>
-  void apply(const Coefficients& k, const Place& place) const {
-    const Values v = load_values(k, place);
+  void apply(const Coefficients& k, const Place& place, const Values& v) const {
     Unit<T> residual, grad_grad_out, grad_input;
     if (this->out[0] && this->in[3]) residual = load_unit(this->in[3] + place.element);
     unrolled<kVecs<T>>([&](auto j) {
@@ -71,7 +73,7 @@ struct DoubleBackward : BodyOf<T, kIndexMap, 4, kApplies ? 2 : 0> {
           fma(v.g.v[j], k.b_g[j], fma(v.u.v[j], k.b_u[j], fma(h, k.b_h[j], k.b_1[j])));
     });
     if (this->out[0]) {
-      through_activation<kAct>(v.passed, grad_grad_out);
+      if constexpr (kAct) act.through(v.passed, grad_grad_out);
       store_unit<kNontemporal>(this->out[0] + place.element, grad_grad_out);
     }
     if (this->out[1]) store_unit<kNontemporal>(this->out[1] + place.element, grad_input);
@@ -84,8 +86,8 @@ struct Table {
   static void with_body(const CpuPlan& p, const DoubleBackwardArrays& arrays,
                         const DoubleBackwardArgs& args, Act act, Run run) {
     with_map(p.map, [&](auto map) {
-      with_activation(act, args.mask, [&](auto act_c, auto passed) {
-        DoubleBackward<T, map, act_c, passed, kApplies> body;
+      with_bool(act != Act::kNone, [&](auto has_act) {
+        DoubleBackward<T, map, has_act, kApplies> body;
         body.in[0] = static_cast<const T*>(args.input);
         body.in[1] = static_cast<const T*>(args.grad_grad_input);
         body.in[2] = static_cast<const T*>(args.grad_out);
@@ -96,6 +98,7 @@ struct Table {
         }
         body.mask = const_cast<uint8_t*>(args.mask);
         body.arrays = arrays;
+        body.act = {act, args.act_param};
         run(body);
       });
     });

@@ -2,9 +2,8 @@
 // the output. Compiled per instruction set (BNEXT_ISA_NAMESPACE, see setup.py).
 #include <cmath>
 
-#include "../activation.h"
 #include "../formulas.h"
-#include "walk.h"
+#include "act.h"
 
 namespace bnext::BNEXT_ISA_NAMESPACE {
 namespace {
@@ -83,10 +82,12 @@ struct Moments : BodyOf<T, kMap, 1, 0> {
 
   auto at(int64_t bin) const { return PerUnit<kMap, T, A>(centre, bin); }
 
+  Unit<T> load(const PerUnit<kMap, T, A>&, const Place& place) const {
+    return load_unit(this->in[0] + place.element);
+  }
   template <class Keep>
-  void add(const PerUnit<kMap, T, A>& c, const Place& place, const Keep& kept,
+  void add(const PerUnit<kMap, T, A>& c, const Place&, const Unit<T>& x, const Keep& kept,
            Vec<A> (*sums)[kSums]) const {
-    const Unit<T> x = load_unit(this->in[0] + place.element);
     unrolled<kVecs<T>>([&](auto j) {
       const Vec<A> d = keep(kept, j, convert<A>(x.v[j]) - c[j]);
       sums[j][0] = sums[j][0] + d;
@@ -95,10 +96,15 @@ struct Moments : BodyOf<T, kMap, 1, 0> {
   }
 };
 
-template <class T, IndexMap kIndexMap, Act kAct, bool kResidual>
+// What a kernel is compiled for: no activation, ReLU, or any, with or without a residual.
+enum class Kind { kNone, kRelu, kAny };
+
+template <class T, IndexMap kIndexMap, Kind kKind, bool kResidual>
 struct Forward : BodyOf<T, kIndexMap, 1 + kResidual, 1, true> {
   using C = compute_t<T>;
+  static constexpr int kTogether = kKind == Kind::kAny ? AnyAct<T>::kUnits : 1;
   ForwardArrays arrays;
+  AnyAct<T> act;
 
   struct Coefficients {
     PerUnit<kIndexMap, T> mean, scale, shift;
@@ -107,24 +113,36 @@ struct Forward : BodyOf<T, kIndexMap, 1 + kResidual, 1, true> {
     return {{arrays.mean, bin}, {arrays.scale, bin}, {arrays.shift, bin}};
   }
 
-  template <bool kNontemporal>
-  void apply(const Coefficients& k, const Place& place) const {
+  Unit<T> load(const Coefficients& k, const Place& place) const {
     const Unit<T> x = load_unit(this->in[0] + place.element);
     Unit<T> residual, y;
     if constexpr (kResidual) residual = load_unit(this->in[1] + place.element);
-    Mask<T> passed;
     unrolled<kVecs<T>>([&](auto j) {
-      Vec<C> z = bnext::apply(Affine<Vec<C>>{k.mean[j], k.scale[j], k.shift[j]}, x.v[j]);
-      if constexpr (kResidual) z = z + residual.v[j];
-      if constexpr (kAct != Act::kNone) {
-        passed.v[j] = passes(z);
-        z = activate<kAct>(passed.v[j], z);
-      }
-      y.v[j] = z;
+      y.v[j] = bnext::apply(Affine<Vec<C>>{k.mean[j], k.scale[j], k.shift[j]}, x.v[j]);
+      if constexpr (kResidual) y.v[j] = y.v[j] + residual.v[j];
     });
-    if (kResidual && kAct != Act::kNone && this->mask)
-      write_bits<T>(this->mask + place.mask_row, place.bit, to_bits(passed));
+    if constexpr (kKind == Kind::kRelu) {
+      using Relu = Activation<Act::kRelu>;
+      Mask<T> passed;
+      unrolled<kVecs<T>>([&](auto j) {
+        passed.v[j] = Relu::passes(y.v[j]);
+        y.v[j] = Relu::f(y.v[j], {});
+      });
+      if (kResidual && this->mask) write_mask(place, passed);
+    }
+    if constexpr (kResidual && kKind == Kind::kAny)
+      if (this->mask) write_mask(place, act.passes(y));
+    return y;
+  }
+  void finish(Unit<T>* y, int count) const { act.activate(y->v, count * kVecs<T>); }
+  template <bool kNontemporal>
+  void apply(const Coefficients&, const Place& place, const Unit<T>& y) const {
     store_unit<kNontemporal>(this->out[0] + place.element, y);
+  }
+
+ private:
+  void write_mask(const Place& place, const Mask<T>& passed) const {
+    write_bits<T>(this->mask + place.mask_row, place.bit, to_bits(passed));
   }
 };
 
@@ -139,19 +157,26 @@ struct Table {
   }
   static void apply(const CpuPlan& p, const Task& task, const ForwardArrays& arrays,
                     const ForwardArgs& args, Act act) {
-    with_map(p.map, [&](auto map) {
-      with_bool(act == Act::kRelu, [&](auto relu) {
+    const auto run = [&]<Kind kKind>(std::integral_constant<Kind, kKind>) {
+      with_map(p.map, [&](auto map) {
         with_bool(args.residual != nullptr, [&](auto residual) {
-          Forward<T, map, relu ? Act::kRelu : Act::kNone, residual> body;
+          Forward<T, map, kKind, residual> body;
           body.in[0] = static_cast<const T*>(args.input);
           if constexpr (residual) body.in[1] = static_cast<const T*>(args.residual);
           body.out[0] = static_cast<T*>(args.output);
           body.mask = args.mask;
           body.arrays = arrays;
+          body.act = {act, args.act_param};
           BNEXT_ISA_NAMESPACE::apply(body, p, task);
         });
       });
-    });
+    };
+    if (act == Act::kNone)
+      run(std::integral_constant<Kind, Kind::kNone>{});
+    else if (act == Act::kRelu)
+      run(std::integral_constant<Kind, Kind::kRelu>{});
+    else
+      run(std::integral_constant<Kind, Kind::kAny>{});
   }
   using C = compute_t<T>;
   static constexpr ForwardKernels value{spread<T, C>,      pilots<T>,       moments<C>,

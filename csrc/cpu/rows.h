@@ -30,6 +30,14 @@ struct RowSums {
       sizeof(A) == 8 ? 2 : 4;  // vectors side by side: latency, registers
   static constexpr int64_t kGroup = kChains * kLanes, kRun = 16 * kGroup;
 
+  // The unit at a place.
+  template <class Keep>
+  static void add(const Body& body, const Coefficients& k, const Place& at, const Keep& kept,
+                  Vec<A> (*sums)[kSums]) {
+    for_units<1>(
+        body, at, [](Place&) {}, [&](auto, const Place& at) { return body.load(k, at); },
+        [&](auto, const Place& at, const auto& values) { body.add(k, at, values, kept, sums); });
+  }
   // A run of up to 4 * kRun elements. `tail`: the new ones of the unit that ends it.
   static void sum(const Body& body, const Coefficients& k, const Place& at, int64_t length,
                   const Mask<T, A>& tail, Vec<A> (&total)[1][kSums]) {
@@ -41,12 +49,16 @@ struct RowSums {
         Vec<A> chains[kChains][kSums], rest[kVecs<T>][kSums];
         clear(chains);
         for (int n = 0; n < 4 && i + kGroup <= length; ++n, i += kGroup)
-          unrolled<kChains / kVecs<T>>([&](auto u) {
-            constexpr int c = u * kVecs<T>;
-            if (c * kLanes * sizeof(T) % 64 == 0)
-              body.template prefetch<3>(at.element + i + c * kLanes + kAheadBytes / sizeof(T));
-            body.add(k, at + (i + c * kLanes), All{}, chains + c);
-          });
+          for_units<kChains / kVecs<T>>(
+              body, at + i, [](Place& here) { here += kUnit<T>; },
+              [&](auto u, const Place& here) {
+                if (u * kUnit<T> * sizeof(T) % 64 == 0)
+                  body.template prefetch<3>(here.element + kAheadBytes / sizeof(T));
+                return body.load(k, here);
+              },
+              [&](auto u, const Place& here, const auto& values) {
+                body.add(k, here, values, All{}, chains + u * kVecs<T>);
+              });
         unrolled<kSums>([&](auto s) {
           Vec<A> half = chains[0][s] + chains[kChains / 2][s];
           if constexpr (kChains == 4) half = half + (chains[1][s] + chains[3][s]);
@@ -54,8 +66,8 @@ struct RowSums {
         });
         if (i == length || i + kGroup <= length) continue;
         clear(rest);
-        for (; i + kUnit<T> <= length; i += kUnit<T>) body.add(k, at + i, All{}, rest);
-        if (i < length) body.add(k, at + (length - kUnit<T>), tail, rest);
+        for (; i + kUnit<T> <= length; i += kUnit<T>) add(body, k, at + i, All{}, rest);
+        if (i < length) add(body, k, at + (length - kUnit<T>), tail, rest);
         i = length;
         unrolled<kVecs<T> * kSums>(
             [&](auto n) { run[0][n % kSums] = run[0][n % kSums] + rest[n / kSums][n % kSums]; });
@@ -125,16 +137,26 @@ template <bool kNontemporal, class Body, class Coefficients>
 inline void apply_run(const Body& body, const Coefficients& k, const Place& at, int64_t length,
                       int64_t ahead) {
   using T = typename Body::Element;
-  constexpr int64_t kStep = 64 / sizeof(T) > kUnit<T> ? 64 / sizeof(T) : kUnit<T>;
+  constexpr int kUnits = std::max<int>(64 / sizeof(T) / kUnit<T>, Body::kTogether);
+  const auto apply = [&](auto, const Place& here, const auto& values) {
+    body.template apply<kNontemporal>(k, here, values);
+  };
   int64_t i = 0;
-  for (; i + kStep <= length; i += kStep) {
-    body.template prefetch<2>(at.element + i + ahead);
-    if constexpr (!kNontemporal) body.prefetch_stores(at.element + i);
-    unrolled<kStep / kUnit<T>>(
-        [&](auto u) { body.template apply<kNontemporal>(k, at + (i + u * kUnit<T>)); });
-  }
+  for (; i + kUnits * kUnit<T> <= length; i += kUnits * kUnit<T>)
+    for_units<kUnits>(
+        body, at + i, [](Place& here) { here += kUnit<T>; },
+        [&](auto u, const Place& here) {
+          if (u * kUnit<T> * sizeof(T) % 64 == 0) {
+            body.template prefetch<2>(here.element + ahead);
+            if constexpr (!kNontemporal) body.prefetch_stores(here.element);
+          }
+          return body.load(k, here);
+        },
+        apply);
   for (; i < length; i += kUnit<T>)
-    body.template apply<kNontemporal>(k, at + std::min<int64_t>(i, length - kUnit<T>));
+    for_units<1>(
+        body, at + std::min<int64_t>(i, length - kUnit<T>), [](Place&) {},
+        [&](auto, const Place& here) { return body.load(k, here); }, apply);
 }
 
 // The same elements of rows of channels [c0, c1).

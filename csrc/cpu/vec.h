@@ -67,33 +67,36 @@ struct Vec {
 BNEXT_VEC_OPERATOR(+)
 BNEXT_VEC_OPERATOR(-)
 BNEXT_VEC_OPERATOR(*)
+BNEXT_VEC_OPERATOR(/)
 #undef BNEXT_VEC_OPERATOR
 
 // a * b + c, one rounding where the instruction set has it. Written out, and the file compiled
 // without contraction, so that forward and backward agree bit for bit.
+template <class Native>
+inline Native fma_native(const Native& a, const Native& b, const Native& c) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof a[0] == 4)
+    return _mm512_fmadd_ps(a, b, c);
+  else
+    return _mm512_fmadd_pd(a, b, c);
+#elif defined(__FMA__)
+  if constexpr (sizeof a[0] == 4)
+    return _mm256_fmadd_ps(a, b, c);
+  else
+    return _mm256_fmadd_pd(a, b, c);
+#elif defined(__aarch64__)
+  if constexpr (sizeof a[0] == 4)
+    return vfmaq_f32(c, a, b);
+  else
+    return vfmaq_f64(c, a, b);
+#else
+  return a * b + c;
+#endif
+}
 template <class T>
 inline Vec<T> fma(const Vec<T>& a, const Vec<T>& b, const Vec<T>& c) {
   Vec<T> r;
-  for (int i = 0; i < Vec<T>::kCount; ++i) {
-#if defined(__AVX512F__)
-    if constexpr (sizeof(T) == 4)
-      r.v[i] = _mm512_fmadd_ps(a.v[i], b.v[i], c.v[i]);
-    else
-      r.v[i] = _mm512_fmadd_pd(a.v[i], b.v[i], c.v[i]);
-#elif defined(__FMA__)
-    if constexpr (sizeof(T) == 4)
-      r.v[i] = _mm256_fmadd_ps(a.v[i], b.v[i], c.v[i]);
-    else
-      r.v[i] = _mm256_fmadd_pd(a.v[i], b.v[i], c.v[i]);
-#elif defined(__aarch64__)
-    if constexpr (sizeof(T) == 4)
-      r.v[i] = vfmaq_f32(c.v[i], a.v[i], b.v[i]);
-    else
-      r.v[i] = vfmaq_f64(c.v[i], a.v[i], b.v[i]);
-#else
-    r.v[i] = a.v[i] * b.v[i] + c.v[i];
-#endif
-  }
+  for (int i = 0; i < Vec<T>::kCount; ++i) r.v[i] = fma_native(a.v[i], b.v[i], c.v[i]);
   return r;
 }
 
@@ -104,10 +107,20 @@ struct Condition {
   Vec<integer> mask;
 };
 
+#define BNEXT_VEC_COMPARISON(op)                                             \
+  template <class T>                                                         \
+  inline Condition<T> operator op(const Vec<T>& a, const Vec<T>& b) {        \
+    Condition<T> s;                                                          \
+    for (int i = 0; i < Vec<T>::kCount; ++i) s.mask.v[i] = a.v[i] op b.v[i]; \
+    return s;                                                                \
+  }
+BNEXT_VEC_COMPARISON(<)
+BNEXT_VEC_COMPARISON(<=)
+#undef BNEXT_VEC_COMPARISON
 template <class T>
-inline Condition<T> operator<=(const Vec<T>& a, const Vec<T>& b) {
+inline Condition<T> operator&(const Condition<T>& a, const Condition<T>& b) {
   Condition<T> s;
-  for (int i = 0; i < Vec<T>::kCount; ++i) s.mask.v[i] = a.v[i] <= b.v[i];
+  for (int i = 0; i < Vec<T>::kCount; ++i) s.mask.v[i] = a.mask.v[i] & b.mask.v[i];
   return s;
 }
 template <class T>
@@ -117,12 +130,11 @@ inline Condition<T> operator!(const Condition<T>& a) {
   return s;
 }
 
-// x in the lanes where the condition holds, zero elsewhere.
+// Lane by lane.
 template <class T>
-inline Vec<T> keep(const Condition<T>& sign, const Vec<T>& x) {
+inline Vec<T> select(const Condition<T>& condition, const Vec<T>& yes, const Vec<T>& no) {
   Vec<T> r;
-  for (int i = 0; i < Vec<T>::kCount; ++i)
-    r.v[i] = sign.mask.v[i] ? x.v[i] : typename Vec<T>::native{};
+  for (int i = 0; i < Vec<T>::kCount; ++i) r.v[i] = condition.mask.v[i] ? yes.v[i] : no.v[i];
   return r;
 }
 

@@ -96,7 +96,7 @@ template <class C, class Items>
 __device__ inline bool passes(const BackwardCall& call, const Items& items, const Item& item, int v,
                               const Affine<C>& affine, C x) {
   if (call.problem.act == Act::kNone) return true;
-  if (!call.args.mask) return bnext::passes(apply(affine, x));
+  if (!call.args.mask) return Activation<Act::kRelu>::passes(apply(affine, x));
   constexpr int V = Items::kElements;
   return own_mask_bits<V>(call.args.mask[items.mask_offset(item)]) >> v & 1;
 }

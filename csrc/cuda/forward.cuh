@@ -107,9 +107,9 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
           C value = apply(affine[v % Items::kBins], x[i].get(v));
           if (residual) value = value + z[i].get(v);
           if (call.problem.act == Act::kRelu) {
-            const bool passed = passes(value);
+            const bool passed = Activation<Act::kRelu>::passes(value);
             bits |= static_cast<unsigned>(passed) << v;
-            value = activate<Act::kRelu>(passed, value);
+            value = Activation<Act::kRelu>::f(value, value);
           }
           y.set(v, value);
         }
