@@ -7,8 +7,22 @@
 
 namespace bnext::BNEXT_ISA_NAMESPACE {
 
-// Any activation, known at run time. Kernels are compiled for none, for ReLU and for this: one for
-// each activation would take three times as long to compile. What it calls takes four vectors at
+// What kernels are compiled for: no activation, ReLU, and any. One for each activation would take
+// three times as long to compile.
+enum class Kind { kNone, kRelu, kAny };
+
+// f(the kind).
+template <class F>
+inline void with_kind(Act act, F f) {
+  if (act == Act::kNone)
+    f(std::integral_constant<Kind, Kind::kNone>{});
+  else if (act == Act::kRelu)
+    f(std::integral_constant<Kind, Kind::kRelu>{});
+  else
+    f(std::integral_constant<Kind, Kind::kAny>{});
+}
+
+// Any activation, known at run time. What it calls takes four vectors at
 // once, which hides its latency (24x256x56x56, channels last, float32, AVX2, SiLU's backward: 62 ms
 // with a call for each vector, 47 so).
 template <class T>
@@ -36,15 +50,17 @@ class AnyAct {
   }
 
   // Of those that need no more than where they passed.
+  template <Kind kKind>
   Mask<T> passes(const Unit<T>& z) const {
     Mask<T> passed;
-    visit_sign(kind_, [&](auto a) {
+    visit_sign(kKind == Kind::kRelu ? Act::kRelu : kind_, [&](auto a) {
       unrolled<kVecs<T>>([&](auto j) { passed.v[j] = a.passes(z.v[j]); });
     });
     return passed;
   }
+  template <Kind kKind>
   void through(const Mask<T>& passed, Unit<T>& dy) const {
-    visit_sign(kind_, [&](auto a) {
+    visit_sign(kKind == Kind::kRelu ? Act::kRelu : kind_, [&](auto a) {
       unrolled<kVecs<T>>([&](auto j) { dy.v[j] = a.gradient(passed.v[j], dy.v[j], V(param_)); });
     });
   }

@@ -29,7 +29,6 @@ struct Place {
   int64_t element, mask_row, bit;
 
   Place operator+(int64_t i) const { return {element + i, mask_row, bit + i}; }
-  void operator+=(int64_t i) { *this = *this + i; }
 };
 
 // A row of a channel, or a row of columns.
@@ -126,19 +125,19 @@ struct BodyOf {
   }
 };
 
-// use(i, here, load(i, here)) of kCount units, `here` moved on by step(here).
-template <int kCount, class Body, class Here, class Step, class Load, class Use>
-[[gnu::always_inline]] inline void for_units(const Body& body, Here here, const Step& step,
+// use(i, here, load(i, here)) of kCount units; next(i, here) moves `here` on to the one after i.
+template <int kCount, class Body, class Here, class Next, class Load, class Use>
+[[gnu::always_inline]] inline void for_units(const Body& body, Here here, const Next& next,
                                              const Load& load, const Use& use) {
   if constexpr (Body::kTogether > 1) {
     const Here first = here;
     decltype(load(0, here)) values[kCount];
-    for (int i = 0; i < kCount; ++i) values[i] = load(i, here), step(here);
+    for (int i = 0; i < kCount; ++i) values[i] = load(i, here), next(i, here);
     body.finish(values, kCount);
     here = first;
-    unrolled<kCount>([&](auto i) { use(i, here, values[i]), step(here); });
+    unrolled<kCount>([&](auto i) { use(i, here, values[i]), next(i, here); });
   } else {
-    unrolled<kCount>([&](auto i) { use(i, here, load(i, here)), step(here); });
+    unrolled<kCount>([&](auto i) { use(i, here, load(i, here)), next(i, here); });
   }
 }
 

@@ -114,7 +114,7 @@ class ColumnSums {
     for (int64_t slot = 0; slot < columns; slot += kUnit<T>) {
       const auto k = body.at(at.bit + slot);
       const Place here = at + std::min<int64_t>(slot, columns - kUnit<T>);
-      const auto below = [&](Place& p) { p.element += stride, p.mask_row += mask_stride; };
+      const auto below = [&](auto, Place& p) { p.element += stride, p.mask_row += mask_stride; };
       Vec<A> chain[kVecs<T>][kSums];
       BNEXT_ISA_NAMESPACE::clear(chain);
       for_units<kRows>(
@@ -233,7 +233,7 @@ template <bool kNontemporal, int kRows, class Body>
     // After the last unit that one again.
     for (int64_t slot = 0; slot < columns; slot += Body::kTogether * kUnit<T>)
       for_units<Body::kTogether>(
-          body, slot, [&](int64_t& slot) { slot = std::min<int64_t>(slot + kUnit<T>, last); },
+          body, slot, [&](auto, int64_t& slot) { slot = std::min<int64_t>(slot + kUnit<T>, last); },
           [&](auto, int64_t slot) {
             prefetch(place_of(slot), slot);
             return body.load(body.at(first + slot), place_of(slot));
@@ -247,7 +247,7 @@ template <bool kNontemporal, int kRows, class Body>
     const auto k = body.at(first + slot);
     for_units<kRows>(
         body, at + std::min<int64_t>(slot, columns - kUnit<T>),
-        [&](Place& here) { here.element += stride, here.mask_row += mask_stride; },
+        [&](auto, Place& here) { here.element += stride, here.mask_row += mask_stride; },
         [&](auto, const Place& here) {
           prefetch(here, slot);
           return body.load(k, here);

@@ -7,8 +7,8 @@
 namespace bnext::BNEXT_ISA_NAMESPACE {
 namespace {
 
-// kAct: an activation, one of those that need no more than where they passed.
-template <class T, IndexMap kIndexMap, bool kAct, bool kApplies>
+// Of an activation that needs no more than where it passed.
+template <class T, IndexMap kIndexMap, Kind kKind, bool kApplies>
 struct DoubleBackward : BodyOf<T, kIndexMap, 4, kApplies ? 2 : 0> {
   using Accumulator = double;
   using C = compute_t<T>;
@@ -17,7 +17,7 @@ struct DoubleBackward : BodyOf<T, kIndexMap, 4, kApplies ? 2 : 0> {
   AnyAct<T> act;
 
   struct Coefficients {
-    Recomputed<T, kIndexMap, kAct> forward;
+    Recomputed<T, kIndexMap, kKind != Kind::kNone> forward;
     PerUnit<kIndexMap, T> invstd, a_u, a_h, a_1, b_g, b_u, b_h, b_1;
   };
   Coefficients at(int64_t bin) const {
@@ -38,9 +38,10 @@ struct DoubleBackward : BodyOf<T, kIndexMap, 4, kApplies ? 2 : 0> {
     v.x = load_unit(this->in[0] + place.element);
     v.u = load_unit(this->in[1] + place.element);
     v.g = load_unit(this->in[2] + place.element);
-    if constexpr (kAct) {
-      v.passed = this->mask ? read_mask<T>(this->mask, place) : act.passes(k.forward.z(v.x));
-      act.through(v.passed, v.g);
+    if constexpr (kKind != Kind::kNone) {
+      v.passed = this->mask ? read_mask<T>(this->mask, place)
+                            : act.template passes<kKind>(k.forward.z(v.x));
+      act.template through<kKind>(v.passed, v.g);
     }
     return v;
   }
@@ -73,7 +74,7 @@ struct DoubleBackward : BodyOf<T, kIndexMap, 4, kApplies ? 2 : 0> {
           fma(v.g.v[j], k.b_g[j], fma(v.u.v[j], k.b_u[j], fma(h, k.b_h[j], k.b_1[j])));
     });
     if (this->out[0]) {
-      if constexpr (kAct) act.through(v.passed, grad_grad_out);
+      if constexpr (kKind != Kind::kNone) act.template through<kKind>(v.passed, grad_grad_out);
       store_unit<kNontemporal>(this->out[0] + place.element, grad_grad_out);
     }
     if (this->out[1]) store_unit<kNontemporal>(this->out[1] + place.element, grad_input);
@@ -86,8 +87,8 @@ struct Table {
   static void with_body(const CpuPlan& p, const DoubleBackwardArrays& arrays,
                         const DoubleBackwardArgs& args, Act act, Run run) {
     with_map(p.map, [&](auto map) {
-      with_bool(act != Act::kNone, [&](auto has_act) {
-        DoubleBackward<T, map, has_act, kApplies> body;
+      with_kind(act, [&](auto kind) {
+        DoubleBackward<T, map, kind, kApplies> body;
         body.in[0] = static_cast<const T*>(args.input);
         body.in[1] = static_cast<const T*>(args.grad_grad_input);
         body.in[2] = static_cast<const T*>(args.grad_out);

@@ -96,9 +96,6 @@ struct Moments : BodyOf<T, kMap, 1, 0> {
   }
 };
 
-// What a kernel is compiled for: no activation, ReLU, or any, with or without a residual.
-enum class Kind { kNone, kRelu, kAny };
-
 template <class T, IndexMap kIndexMap, Kind kKind, bool kResidual>
 struct Forward : BodyOf<T, kIndexMap, 1 + kResidual, 1, true> {
   using C = compute_t<T>;
@@ -121,28 +118,18 @@ struct Forward : BodyOf<T, kIndexMap, 1 + kResidual, 1, true> {
       y.v[j] = bnext::apply(Affine<Vec<C>>{k.mean[j], k.scale[j], k.shift[j]}, x.v[j]);
       if constexpr (kResidual) y.v[j] = y.v[j] + residual.v[j];
     });
-    if constexpr (kKind == Kind::kRelu) {
-      using Relu = Activation<Act::kRelu>;
-      Mask<T> passed;
-      unrolled<kVecs<T>>([&](auto j) {
-        passed.v[j] = Relu::passes(y.v[j]);
-        y.v[j] = Relu::f(y.v[j], {});
-      });
-      if (kResidual && this->mask) write_mask(place, passed);
-    }
-    if constexpr (kResidual && kKind == Kind::kAny)
-      if (this->mask) write_mask(place, act.passes(y));
+    if constexpr (kResidual && kKind != Kind::kNone)
+      if (this->mask)
+        write_bits<T>(this->mask + place.mask_row, place.bit,
+                      to_bits(act.template passes<kKind>(y)));
+    if constexpr (kKind == Kind::kRelu)
+      unrolled<kVecs<T>>([&](auto j) { y.v[j] = Activation<Act::kRelu>::f(y.v[j], {}); });
     return y;
   }
   void finish(Unit<T>* y, int count) const { act.activate(y->v, count * kVecs<T>); }
   template <bool kNontemporal>
   void apply(const Coefficients&, const Place& place, const Unit<T>& y) const {
     store_unit<kNontemporal>(this->out[0] + place.element, y);
-  }
-
- private:
-  void write_mask(const Place& place, const Mask<T>& passed) const {
-    write_bits<T>(this->mask + place.mask_row, place.bit, to_bits(passed));
   }
 };
 
@@ -157,10 +144,10 @@ struct Table {
   }
   static void apply(const CpuPlan& p, const Task& task, const ForwardArrays& arrays,
                     const ForwardArgs& args, Act act) {
-    const auto run = [&]<Kind kKind>(std::integral_constant<Kind, kKind>) {
-      with_map(p.map, [&](auto map) {
+    with_map(p.map, [&](auto map) {
+      with_kind(act, [&](auto kind) {
         with_bool(args.residual != nullptr, [&](auto residual) {
-          Forward<T, map, kKind, residual> body;
+          Forward<T, map, kind, residual> body;
           body.in[0] = static_cast<const T*>(args.input);
           if constexpr (residual) body.in[1] = static_cast<const T*>(args.residual);
           body.out[0] = static_cast<T*>(args.output);
@@ -170,13 +157,7 @@ struct Table {
           BNEXT_ISA_NAMESPACE::apply(body, p, task);
         });
       });
-    };
-    if (act == Act::kNone)
-      run(std::integral_constant<Kind, Kind::kNone>{});
-    else if (act == Act::kRelu)
-      run(std::integral_constant<Kind, Kind::kRelu>{});
-    else
-      run(std::integral_constant<Kind, Kind::kAny>{});
+    });
   }
   using C = compute_t<T>;
   static constexpr ForwardKernels value{spread<T, C>,      pilots<T>,       moments<C>,

@@ -35,7 +35,7 @@ struct RowSums {
   static void add(const Body& body, const Coefficients& k, const Place& at, const Keep& kept,
                   Vec<A> (*sums)[kSums]) {
     for_units<1>(
-        body, at, [](Place&) {}, [&](auto, const Place& at) { return body.load(k, at); },
+        body, at, [](auto, Place&) {}, [&](auto, const Place& at) { return body.load(k, at); },
         [&](auto, const Place& at, const auto& values) { body.add(k, at, values, kept, sums); });
   }
   // A run of up to 4 * kRun elements. `tail`: the new ones of the unit that ends it.
@@ -50,7 +50,7 @@ struct RowSums {
         clear(chains);
         for (int n = 0; n < 4 && i + kGroup <= length; ++n, i += kGroup)
           for_units<kChains / kVecs<T>>(
-              body, at + i, [](Place& here) { here += kUnit<T>; },
+              body, at + i, [&](auto u, Place& here) { here = at + (i + (u + 1) * kUnit<T>); },
               [&](auto u, const Place& here) {
                 if (u * kUnit<T> * sizeof(T) % 64 == 0)
                   body.template prefetch<3>(here.element + kAheadBytes / sizeof(T));
@@ -144,7 +144,7 @@ inline void apply_run(const Body& body, const Coefficients& k, const Place& at, 
   int64_t i = 0;
   for (; i + kUnits * kUnit<T> <= length; i += kUnits * kUnit<T>)
     for_units<kUnits>(
-        body, at + i, [](Place& here) { here += kUnit<T>; },
+        body, at + i, [&](auto u, Place& here) { here = at + (i + (u + 1) * kUnit<T>); },
         [&](auto u, const Place& here) {
           if (u * kUnit<T> * sizeof(T) % 64 == 0) {
             body.template prefetch<2>(here.element + ahead);
@@ -155,7 +155,7 @@ inline void apply_run(const Body& body, const Coefficients& k, const Place& at, 
         apply);
   for (; i < length; i += kUnit<T>)
     for_units<1>(
-        body, at + std::min<int64_t>(i, length - kUnit<T>), [](Place&) {},
+        body, at + std::min<int64_t>(i, length - kUnit<T>), [](auto, Place&) {},
         [&](auto, const Place& here) { return body.load(k, here); }, apply);
 }
 
