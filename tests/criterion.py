@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bnext import reference
 from bnext.reference import bound, reduced_dims
-from cases import Case
+from tests.cases import Case
 
 
 @dataclass(frozen=True)
