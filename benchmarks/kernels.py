@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import cpu_clock, providers, report
-from benchmarks.cases import DIRECTIONS, Case
+from benchmarks.cases import DIRECTIONS, DTYPES, Case
 from benchmarks.check import check
 
 CPU = torch.device("cpu")
@@ -19,8 +19,10 @@ ALLOCATORS = {
 
 def subjects(case: Case, with_compile: bool) -> dict[str, providers.Subject]:
     """Everyone for the plain batch norm; for it with what follows, the same modules in eager."""
-    peers = [*["compile"] * with_compile, "onednn"] if case.variant == "bn" else []
-    return providers.subjects(case, CPU, *peers)
+    if case.variant != "bn":
+        return providers.subjects(case, CPU)
+    has_onednn = providers.takes_onednn(DTYPES[case.dtype])
+    return providers.subjects(case, CPU, *["compile"] * with_compile, *["onednn"] * has_onednn)
 
 
 def check_all(cases: list[Case], with_compile: bool, progress: Progress) -> report.Verdicts:

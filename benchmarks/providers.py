@@ -109,6 +109,16 @@ def why_not_compiled(device: str = "cpu") -> str | None:
     return None
 
 
+@functools.cache
+def takes_onednn(dtype: torch.dtype) -> bool:
+    """Whether torch has a batch norm of that dtype in oneDNN's layout on this processor."""
+    try:
+        nn.BatchNorm2d(1)(torch.zeros(2, 1, 2, 2, dtype=dtype).to_mkldnn())
+    except RuntimeError:  # bfloat16 needs AVX-512, float16 has none
+        return False
+    return True
+
+
 def subjects(case: Case, device: torch.device, *peers: str) -> dict[str, Subject]:
     """The modules of bnext and of its peers on the same operands.
 
