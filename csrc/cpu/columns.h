@@ -273,10 +273,11 @@ template <class Body>
     with_rest(body, p,
               [&](const Body& staged) { apply_group<false, 1>(staged, p, 0, first, columns, 0); });
   // Non-temporal stores must finish their lines before the buffers for them run out (24x1024x14x14,
-  // float32: 13.8 ms by 4 rows, 5.3 by 1). A body that takes units together takes them side by
-  // side.
+  // float32: 13.8 ms by 4 rows, 5.3 by 1; two outputs, 32x64x56x56: 12.6 ms by 4). A body that
+  // takes units together takes them side by side.
   constexpr int kRows = Body::kTogether == 1 ? 4 : 1;
-  const bool by_four = !p.nontemporal_stores || row_bytes <= 1024;
+  const auto outputs = std::count_if(body.out, body.out + Body::kOutputs, [](T* o) { return o; });
+  const bool by_four = !p.nontemporal_stores || (row_bytes <= 1024 && outputs == 1);
   with_bool(p.nontemporal_stores, [&](auto nontemporal) {
     for (int64_t begin, end = row1; end > row0; end = begin) {
       int64_t row = begin = row0 + (end - row0 - 1) / block * block;
