@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import providers, report
+from benchmarks import plots, providers, report
 from benchmarks.cases import DIRECTIONS, Case
 from benchmarks.check import check
 from benchmarks.cpu_clock import Call, CpuClock
@@ -166,7 +166,7 @@ def run(
         return 1
     for table in report.gpu_tables(this.timings):
         console.print(table)
-    report.plot_largest(out / "gpu-bandwidth.png", this.timings, facts)
-    report.plot_speedup(out / "gpu-speedup.png", this.timings, facts)
+    plots.largest(out / "gpu-bandwidth.png", this.timings, facts)
+    plots.speedup(out / "gpu-speedup.png", this.timings, facts)
     console.print(f"Measured {facts['cases']}. Written to {out}/gpu.csv and gpu-*.png")
     return int(this.failed)

@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from benchmarks import cpu_clock, providers, report
+from benchmarks import cpu_clock, plots, providers, report
 from benchmarks.cases import DIRECTIONS, DTYPES, Case
 from benchmarks.check import check
 
@@ -77,6 +77,6 @@ def run(cases: list[Case], out: Path, budget_s: float, with_compile: bool) -> in
     plain = {key: p for key, p in timings.items() if key.case.variant == "bn"}
     for allocator, some in report.grouped(plain, lambda key: key.setting).items():
         title = f"Training batch norm, ResNet-50's shapes, {allocator} allocator"
-        report.plot_bandwidth(out / f"bandwidth-{allocator}.png", some, title, facts)
+        plots.bandwidth(out / f"bandwidth-{allocator}.png", some, title, facts)
     console.print(f"Written to {out}/kernels.csv and bandwidth-*.png", highlight=False)
     return 0

@@ -1,4 +1,4 @@
-"""Tables (rich), CSV and plots; all of them say where the numbers come from."""
+"""Tables (rich) and CSV; all of them say where the numbers come from."""
 
 import csv
 import datetime
@@ -11,20 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from matplotlib.figure import Figure
 from rich.box import SIMPLE
 from rich.table import Table
 
 import bnext
-from benchmarks.cases import DIRECTIONS, Case
+from benchmarks.cases import Case
 from benchmarks.check import Verdict
 from benchmarks.cpu_clock import Timing
 from bnext import _C
 
-COLORS = {
-    "bnext": "tab:blue", "eager": "tab:orange", "aten": "tab:red", "compile": "tab:green",
-    "onednn": "tab:purple", "copy": "black",
-}  # fmt: skip
 LARGE_BYTES = 200e6  # in larger tensors the share of the copy counts, not the launches
 
 
@@ -339,86 +334,6 @@ def write_csv(path: Path, facts: Mapping[str, str], rows: Iterable[dict[str, Any
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-
-
-def plot_bandwidth(path: Path, timings: Timings, title: str, facts: Mapping[str, str]) -> None:
-    """Bars of useful bandwidth by shape, the copy as steps; a column per dtype and layout."""
-    groups = grouped(timings, lambda key: (key.direction, key.case.dtype, key.case.layout))
-    columns = list(dict.fromkeys(group[1:] for group in groups))
-    figure = Figure(figsize=(4.2 * max(2, len(columns)) + 1, 8), layout="constrained")
-    axes = figure.subplots(2, max(1, len(columns)), squeeze=False)
-    for row, direction in zip(axes, DIRECTIONS[:2], strict=True):
-        for axis, column in zip(row, columns, strict=False):
-            _bars(axis, groups.get((direction, *column), {}))
-            axis.set_title(", ".join((direction, *column)), fontsize=10)
-        row[0].set_ylabel("useful GB/s (the least bytes / time)")
-    figure.suptitle(title)
-    figure.supxlabel(caption(facts), fontsize=8)
-    figure.savefig(path, dpi=110)
-
-
-def _bars(axis: Any, group: Timings) -> None:
-    names = [n for n in COLORS if n != "copy" and any(n in p for p in group.values())]
-    if not names:
-        return
-    width = 0.8 / len(names)
-    for i, name in enumerate(names):
-        speeds = {
-            shape + (i - (len(names) - 1) / 2) * width: useful_gb_per_s(key, p, name)
-            for shape, (key, p) in enumerate(group.items())
-            if name in p
-        }
-        axis.bar(list(speeds), list(speeds.values()), width, color=COLORS[name], label=name)
-    copies = [useful_gb_per_s(key, p, "copy") for key, p in group.items()]
-    edges = [shape - 0.5 for shape in range(len(group) + 1)]
-    axis.stairs(copies, edges, color=COLORS["copy"], linewidth=1.5, label="copy")
-    axis.set_xticks(range(len(group)), [k.case.size for k in group], rotation=60, fontsize=8)
-    axis.legend(fontsize=8)
-
-
-def plot_largest(path: Path, timings: Timings, facts: Mapping[str, str]) -> None:
-    """ResNet-50's shapes at their largest batch, with the first case's dtype, variant and mode."""
-    first = next(iter(timings))
-    some = {
-        key: p for key, p in timings.items()
-        if key.case.layers and key.direction != "both" and key.setting == first.setting
-        and (key.case.dtype, key.case.variant) == (first.case.dtype, first.case.variant)
-    }  # fmt: skip
-    batch = max((key.case.shape[0] for key in some), default=0)
-    some = {key: p for key, p in some.items() if key.case.shape[0] == batch}
-    title = f"Batch norm of ResNet-50's shapes, N = {batch}, {first.case.dtype}, {first.setting}"
-    plot_bandwidth(path, some, title, facts)
-
-
-def plot_speedup(path: Path, timings: Timings, facts: Mapping[str, str]) -> None:
-    """Forward plus backward, by dtype, layout and batch: geometric mean, worst and best."""
-    some = {k: p for k, p in timings.items() if k.case.layers and k.direction == "both"}
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    modes = list(dict.fromkeys(key.setting for key in some))
-    axes = figure.subplots(max(1, len(modes)), 1, squeeze=False)
-    for axis, mode in zip(axes[:, 0], modes, strict=False):
-        groups = grouped(
-            {k: p for k, p in some.items() if k.setting == mode},
-            lambda k: f"{k.case.dtype}\n{k.case.layout}\n{k.case.variant}\nN={k.case.shape[0]}",
-        )
-        peers = {"best of the others": best_peer_ms, "eager": eager_ms}
-        for i, (name, peer) in enumerate(peers.items()):
-            ratios = [speedups(group, peer) for group in groups.values()]
-            means = [statistics.geometric_mean(r) for r in ratios]
-            below = [max(0.0, m - min(r)) for m, r in zip(means, ratios, strict=True)]
-            above = [max(0.0, max(r) - m) for m, r in zip(means, ratios, strict=True)]
-            places = [x + 0.4 * i for x in range(len(groups))]
-            axis.bar(places, means, 0.38, yerr=[below, above], label=f"vs {name}", capsize=2)
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xticks([x + 0.2 for x in range(len(groups))], list(groups), fontsize=6)
-        axis.set_ylabel("times as fast")
-        axis.set_title(mode, fontsize=10)
-        axis.legend(fontsize=8)
-    figure.suptitle(
-        "bnext, forward + backward: geometric mean over ResNet-50's shapes, worst, best"
-    )
-    figure.supxlabel(caption(facts), fontsize=8)
-    figure.savefig(path, dpi=110)
 
 
 def caption(facts: Mapping[str, str]) -> str:
