@@ -64,7 +64,7 @@ CUDA_TYPES = ("float", "double", "bfloat16", "float16")
 # 10.0 at first use. Each takes 140 s to compile on one core.
 DEFAULT_CUDA_ARCHS = ("8.0", "9.0", "10.0")
 TOOLS = (
-    "Needed are gcc 11 or clang 14, or newer, and Python's headers: apt install g++ python3-dev "
+    "Needed are gcc 12 or clang 15, or newer, and Python's headers: apt install g++ python3-dev "
     "(Debian, Ubuntu), dnf install gcc-c++ python3-devel (Fedora)."
 )
 
@@ -198,11 +198,12 @@ def check_tools() -> None:
         ) from None
     include = sysconfig.get_path("include")
     for header, missing in (
-        ("concepts", f"{shlex.join(cxx())} does not compile C++20"),
-        ("Python.h", f"there is no Python.h in {include}"),
+        ("<concepts>", f"{shlex.join(cxx())} does not compile C++20"),
+        (f'"{CSRC}/cpu/float16.h"', f"{shlex.join(cxx())} has no type for float16"),
+        ("<Python.h>", f"there is no Python.h in {include}"),
     ):
         flags = ["-std=c++20", *words("CFLAGS"), *words("CXXFLAGS"), "-isystem", include]
-        probe = run([*cxx(), *flags, "-fsyntax-only", "-x", "c++", "-"], f"#include <{header}>\n")
+        probe = run([*cxx(), *flags, "-fsyntax-only", "-x", "c++", "-"], f"#include {header}\n")
         if probe.returncode:
             raise SystemExit(f"bnext: {missing} ({complaint(probe)}). {TOOLS}")
 

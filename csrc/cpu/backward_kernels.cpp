@@ -116,14 +116,14 @@ struct Backward
   template <class Loaded, class Keep>
   void add(const Coefficients& k, const Place& place, const Loaded& loaded, const Keep& kept,
            Vec<A> (*sums)[kSums]) const {
-    const auto& [x, dy] = finished(place, loaded);
+    const Values& values = finished(place, loaded);  // clang 15 captures no structured binding
     unrolled<kVecs<T>>([&](auto j) {
-      const Vec<A> g = keep(kept, j, convert<A>(dy.v[j]));
-      const Vec<A> xmu = keep(kept, j, convert<A>(x.v[j]) - convert<A>(k.forward.mean[j]));
+      const Vec<A> g = keep(kept, j, convert<A>(values.dy.v[j]));
+      const Vec<A> xmu = keep(kept, j, convert<A>(values.x.v[j]) - convert<A>(k.forward.mean[j]));
       sums[j][0] = sums[j][0] + g;
       sums[j][1] = fma(g, xmu, sums[j][1]);
     });
-    if constexpr (kWanted.frozen) write<false>(k, place, x, dy);
+    if constexpr (kWanted.frozen) write<false>(k, place, values.x, values.dy);
   }
 
   template <bool kNontemporal, class Loaded>

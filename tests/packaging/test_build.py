@@ -108,6 +108,7 @@ def script(path: Path, text: str) -> Path:
 
 NOTHING = "/nowhere"
 OLD = "case $* in *std=c++20*) echo 'g++: error: unrecognized option' >&2; exit 1;; esac"
+GCC11 = "if grep -q float16; then echo \"error: '_Float16' does not name a type\" >&2; exit 1; fi"
 BARE = "if grep -q Python.h; then echo 'fatal error: Python.h: No such file' >&2; exit 1; fi"
 
 
@@ -120,7 +121,8 @@ BARE = "if grep -q Python.h; then echo 'fatal error: Python.h: No such file' >&2
         ({"MAX_JOBS": "0"}, ["MAX_JOBS must be a positive number, not '0'"]),
         ({"PATH": NOTHING}, ["compiler g++ (No such file", "apt install g++", "dnf install gcc-c"]),
         ({"CXX": "/nowhere/c++ -m64"}, ["compiler /nowhere/c++ (No such file", "apt install g++"]),
-        ({"CXX": "{scripts}/old"}, ["old does not compile C++20", "unrecognized", "gcc 11 or"]),
+        ({"CXX": "{scripts}/old"}, ["old does not compile C++20", "unrecognized", "gcc 12 or"]),
+        ({"CXX": "{scripts}/gcc11"}, ["has no type for float16 (error: '_Float16'", "gcc 12 or"]),
         ({"CXX": "{scripts}/bare"}, ["there is no Python.h in", "python3-dev", "python3-devel"]),
         ({"PYTHONPATH": "{scripts}/ninja"}, ["no ninja for", "pip install setuptools pybind11 ni"]),
         (
@@ -132,9 +134,11 @@ BARE = "if grep -q Python.h; then echo 'fatal error: Python.h: No such file' >&2
 def test_the_build_says_in_one_line_what_it_lacks(setup, tmp_path, variables, messages) -> None:
     copy, scripts = tmp_path / "bnext", tmp_path / "scripts"
     shutil.copytree(ROOT / "bnext", copy / "bnext", ignore=shutil.ignore_patterns("*.so"))
+    shutil.copytree(ROOT / "csrc", copy / "csrc")
     for name in ("setup.py", "_backend.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, copy)
     script(scripts / "old", OLD)
+    script(scripts / "gcc11", GCC11)
     script(scripts / "bare", BARE)
     for name in ("ninja", "pybind11"):
         (scripts / name).mkdir()
