@@ -89,6 +89,8 @@ PRECISIONS = {
         ("nchw", torch.contiguous_format),
     )
 }
+# What there is time for on a GPU, where each is compiled too.
+ON_GPU = "AMP bfloat16, channels_last", "float32, nchw"
 
 
 def training_step(
@@ -156,7 +158,8 @@ def run(out: Path, settings: Settings, minutes: float, with_compile: bool) -> in
     facts = report.provenance()
     if settings.device.type == "cuda":
         facts |= report.gpu_facts(settings.device)
-        facts["convolutions"] = f"TF32 {torch.backends.cudnn.allow_tf32} in float32"
+        tf32 = "on" if torch.backends.cudnn.allow_tf32 else "off"
+        facts["convolutions"] = f"TF32 {tf32} in float32"
     facts["step"] = f"{settings.batch} images of {settings.size}x{settings.size}"
     console.print(report.facts_table(facts))
     table = report.numbers_table(
@@ -164,7 +167,8 @@ def run(out: Path, settings: Settings, minutes: float, with_compile: bool) -> in
         ["first loss", "images/s", "vs nn", "peak GiB"],
     )  # fmt: skip
     rows, wrong = [], False
-    runs = [(m, p) for m in ("eager", "compile")[: 1 + with_compile] for p in PRECISIONS]
+    precisions = ON_GPU if settings.device.type == "cuda" else PRECISIONS
+    runs = [(m, p) for m in ("eager", "compile")[: 1 + with_compile] for p in precisions]
     for mode, precision in runs:
         if time.perf_counter() > end:
             console.print(f"left out, no time: {precision}, {mode}")
