@@ -134,18 +134,24 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
                 return flat.view(n, hw, 1, c).permute(0, 3, 1, 2).copy_(sample)
             return flat.view(n, c, hw, 1).copy_(sample)
 
-        sample, grad = torch.randn(2, 1, c, hw, 1).to(dtype)
-        x, dy = copies(sample).requires_grad_(), copies(grad)
+        sample, grad, other = torch.randn(3, 1, c, hw, 1).to(dtype)
+        x, residual = copies(sample).requires_grad_(), copies(other).requires_grad_()
+        dy = copies(grad)
         stats = torch.zeros(c).to(dtype), torch.ones(c).to(dtype)
-        for training in (True, False):
+        for training, added in ((True, None), (False, None), (True, residual)):
             given = None if training else stats
-            y = bnext.functional.batch_norm(x, *stats, training=training, momentum=0.0)
-            (dx,) = torch.autograd.grad(y, x, dy)
-            expected = (
-                reference.forward(sample, stats=given).output,
-                reference.backward(grad, sample, stats=given).input,
+            act, leaves = (None, (x,)) if added is None else ("relu", (x, added))
+            y = bnext.functional.batch_norm_act(
+                x, *stats, residual=added, training=training, momentum=0.0, act=act
             )
-            for actual, value in zip((y.detach(), dx), expected):
+            gradients = torch.autograd.grad(y, leaves, dy)
+            passed = None if added is None else y[:1].detach() > 0
+            forward = reference.forward(
+                sample, residual=None if added is None else other, stats=given, act=act
+            )
+            backward = reference.backward(grad, sample, stats=given, active=passed)
+            expected = forward.output, backward.input, backward.residual
+            for actual, value in zip((y.detach(), *gradients), expected):
                 torch.testing.assert_close(actual[:1].double(), value, rtol=2e-2, atol=2e-2)
                 assert torch.equal(actual, actual[:1].expand_as(actual))
 assert past_the_cache >= 4 * 2
