@@ -81,23 +81,19 @@ inline double sum_elements(const A* p, int64_t count) {
   return sum_lanes(sum) + rest;
 }
 
-// Sums of a tile of columns, on their way to its channels.
-template <class Body>
-class ColumnSums {
-  using T = typename Body::Element;
-  using A = typename Body::Accumulator;
-  static constexpr int kSums = Body::kSums;
-
+// Sums of a tile of columns, on their way to its channels. Apart from ColumnSums, so that it is
+// compiled once for all bodies.
+template <class T, class A, int kSums>
+class ColumnTotals {
  public:
-  ColumnSums(const CpuPlan& p, int64_t c0, int64_t c1, double* const* results)
+  ColumnTotals(const CpuPlan& p, int64_t c0, int64_t c1, double* const* results)
       : p_(p),
         c0_(c0),
         count_(c1 - c0),
         first_(c0 * p.width),
         columns_(p.fold * count_ * p.width),
         slots_(round_up(columns_, kUnit<T>)),
-        results_(results),
-        ahead_(p.family == Family::kResident ? 0 : elements_ahead(p, sizeof(T))) {
+        results_(results) {
     for (int s = 0; s < kSums; ++s) {
       std::fill_n(results[s] + c0, count_, 0.0);
       std::fill_n(error_[s], kCompensated ? count_ : 0, 0.0);
@@ -106,38 +102,8 @@ class ColumnSums {
     clear(level2_);
   }
 
-  template <int kRows>
-  [[gnu::noinline]] void add(const Body body, int64_t row) {
-    const Place at = place<IndexMap::kColumns>(p_, row, first_);
-    const int64_t columns = columns_, stride = p_.row_stride, mask_stride = (stride + 7) / 8;
-    const int64_t ahead = ahead_;
-    for (int64_t slot = 0; slot < columns; slot += kUnit<T>) {
-      const auto k = body.at(at.bit + slot);
-      const Place here = at + std::min<int64_t>(slot, columns - kUnit<T>);
-      const auto below = [&](auto, Place& p) { p.element += stride, p.mask_row += mask_stride; };
-      Vec<A> chain[kVecs<T>][kSums];
-      BNEXT_ISA_NAMESPACE::clear(chain);
-      for_units<kRows>(
-          body, here, below,
-          [&](auto, const Place& here) {
-            if (ahead && slot * sizeof(T) % 64 == 0)
-              body.template prefetch<2>(here.element + ahead);
-            return body.load(k, here);
-          },
-          [&](auto, const Place& here, const auto& values) {
-            body.add(k, here, values, All{}, chain);
-          });
-      unrolled<kVecs<T> * kSums>([&](auto n) {
-        constexpr int j = n / kSums, s = n % kSums;
-        A* const level1 = level1_[s] + slot + j * kLanes;
-        store(level1, load(level1) + chain[j][s]);
-      });
-    }
-    if (++groups_ == 4) join();
-  }
-
   // To double; `folds`: how many of a row's count.
-  void finish(int64_t folds) {
+  [[gnu::noinline]] void finish(int64_t folds) {
     if (groups_ > 0) join();
     if (joins_ > 0) to_channels(folds);
     for (int s = 0; s < kSums; ++s)
@@ -147,11 +113,21 @@ class ColumnSums {
       }
   }
 
+ protected:
+  // Level 1 has the sums of one more group.
+  void added() {
+    if (++groups_ == 4) join();
+  }
+
+  const CpuPlan& p_;
+  const int64_t c0_, count_, first_, columns_, slots_;
+  alignas(64) A level1_[kSums][kMaxTileColumns];
+
  private:
   void clear(A (&level)[kSums][kMaxTileColumns]) {
     for (int s = 0; s < kSums; ++s) std::fill_n(level[s], slots_, A{0});
   }
-  void join() {
+  [[gnu::noinline]] void join() {
     for (int s = 0; s < kSums; ++s)
       for (int64_t i = 0; i < slots_; i += kLanes) {
         store(level2_[s] + i, load(level2_[s] + i) + load(level1_[s] + i));
@@ -160,7 +136,7 @@ class ColumnSums {
     groups_ = 0;
     if (++joins_ == 4) to_channels(p_.fold);
   }
-  void to_channels(int64_t folds) {
+  [[gnu::noinline]] void to_channels(int64_t folds) {
     A buffer[kUnit<T> + kMaxTileColumns];
     A* const columns = buffer + kUnit<T>;
     for (int s = 0; s < kSums; ++s) {
@@ -181,14 +157,56 @@ class ColumnSums {
     joins_ = 0;
   }
 
-  const CpuPlan& p_;
-  const int64_t c0_, count_, first_, columns_, slots_;
   double* const* results_;
-  const int64_t ahead_;
   int groups_ = 0, joins_ = 0;
   static constexpr bool kCompensated = sizeof(A) == 8;
   double error_[kSums][kCompensated ? kTileColumns : 1];  // of each channel's sum
-  alignas(64) A level1_[kSums][kMaxTileColumns], level2_[kSums][kMaxTileColumns];
+  alignas(64) A level2_[kSums][kMaxTileColumns];
+};
+
+template <class Body>
+using TotalsOf = ColumnTotals<typename Body::Element, typename Body::Accumulator, Body::kSums>;
+
+// And what adds to them.
+template <class Body>
+class ColumnSums : public TotalsOf<Body> {
+  using T = typename Body::Element;
+  using A = typename Body::Accumulator;
+  static constexpr int kSums = Body::kSums;
+
+ public:
+  using TotalsOf<Body>::ColumnTotals;
+
+  template <int kRows>
+  [[gnu::noinline]] void add(const Body body, int64_t row) {
+    const CpuPlan& p = this->p_;
+    const Place at = place<IndexMap::kColumns>(p, row, this->first_);
+    const int64_t columns = this->columns_, stride = p.row_stride, mask_stride = (stride + 7) / 8;
+    const int64_t ahead = p.family == Family::kResident ? 0 : elements_ahead(p, sizeof(T));
+    for (int64_t slot = 0; slot < columns; slot += kUnit<T>) {
+      const auto k = body.at(at.bit + slot);
+      const Place here = at + std::min<int64_t>(slot, columns - kUnit<T>);
+      const auto below = [&](auto, Place& p) { p.element += stride, p.mask_row += mask_stride; };
+      Vec<A> chain[kVecs<T>][kSums];
+      BNEXT_ISA_NAMESPACE::clear(chain);
+      for_units<kRows>(
+          body, here, below,
+          [&](auto, const Place& here) {
+            if (ahead && slot * sizeof(T) % 64 == 0)
+              body.template prefetch<2>(here.element + ahead);
+            return body.load(k, here);
+          },
+          [&](auto, const Place& here, const auto& values) {
+            body.add(k, here, values, All{}, chain);
+          });
+      unrolled<kVecs<T> * kSums>([&](auto n) {
+        constexpr int j = n / kSums, s = n % kSums;
+        A* const level1 = this->level1_[s] + slot + j * kLanes;
+        store(level1, load(level1) + chain[j][s]);
+      });
+    }
+    this->added();
+  }
 };
 
 template <class Body>

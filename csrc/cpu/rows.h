@@ -170,7 +170,7 @@ template <bool kNontemporal, class Body>
 
 // Copies `count` elements past the caches; both lie at the same place of a cache line.
 template <class T>
-inline void stream_run(T* to, const T* from, int64_t count) {
+[[gnu::noinline]] void stream_run(T* to, const T* from, int64_t count) {
   constexpr int64_t line = 64 / sizeof(T);
   const int64_t head =
       std::min<int64_t>(count, -(reinterpret_cast<uintptr_t>(to) / sizeof(T)) % line);
