@@ -15,16 +15,27 @@ struct Outputs {
 // f': 1, ReLU's where the mask or z made again from x has it pass, or that of any activation.
 enum class Slope { kOne, kMask, kInput, kAny };
 
+// Any activation's dy f', which the sums have computed, waits in the memory of a gradient for what
+// writes dx, unless storing it would round it.
+template <class T>
+inline constexpr bool kStages = sizeof(T) == sizeof(compute_t<T>);
+
+template <class T>
+constexpr int outputs(Slope slope, Outputs wanted) {
+  if (!wanted.batch && !wanted.frozen) return slope == Slope::kAny && kStages<T>;
+  return slope == Slope::kMask || slope == Slope::kAny ? 2 : 1;  // where there can be a residual
+}
+
 // A: of the sums.
 template <class T, IndexMap kIndexMap, class A, Slope kSlope, Outputs kWanted>
-struct Backward
-    : BodyOf<T, kIndexMap, 2 + (kSlope == Slope::kAny), kWanted.batch || kWanted.frozen ? 2 : 0> {
+struct Backward : BodyOf<T, kIndexMap, 2 + (kSlope == Slope::kAny), outputs<T>(kSlope, kWanted)> {
   using Accumulator = A;
   using C = compute_t<T>;
   static constexpr int kSums = 2;
   static constexpr bool kMakesZ = kSlope == Slope::kInput || kSlope == Slope::kAny;
   static constexpr bool kReadsInput = kWanted.sums || kWanted.batch || kMakesZ;
   static constexpr int kTogether = kSlope == Slope::kAny ? AnyAct<T>::kUnits : 1;
+  static constexpr bool kInPlace = kWanted.batch && kSlope == Slope::kOne && kStages<T>;
   BackwardArrays arrays;
   AnyAct<T> act;
 
@@ -96,7 +107,7 @@ struct Backward
   template <bool kNontemporal>
   void write(const Coefficients& k, const Place& place, const Unit<T>& x, const Unit<T>& dy) const {
     // Of kernels for a residual, either gradient may be left out.
-    constexpr bool kResidual = kSlope == Slope::kMask || kSlope == Slope::kAny;
+    constexpr bool kResidual = Backward::kOutputs == 2;
     if (!kResidual || this->out[0]) {
       Unit<T> dx;
       // With frozen statistics dx does not depend on x, not even where x is inf or nan.
@@ -110,7 +121,8 @@ struct Backward
       });
       store_unit<kNontemporal>(this->out[0] + place.element, dx);
     }
-    if (kResidual && this->out[1]) store_unit<kNontemporal>(this->out[1] + place.element, dy);
+    if constexpr (kResidual)
+      if (this->out[1]) store_unit<kNontemporal>(this->out[1] + place.element, dy);
   }
 
   template <class Loaded, class Keep>
@@ -123,7 +135,10 @@ struct Backward
       sums[j][0] = sums[j][0] + g;
       sums[j][1] = fma(g, xmu, sums[j][1]);
     });
-    if constexpr (kWanted.frozen) write<false>(k, place, values.x, values.dy);
+    if constexpr (kWanted.frozen)
+      write<false>(k, place, values.x, values.dy);
+    else if constexpr (Backward::kOutputs > 0)
+      if (this->out[0]) store_unit<false>(this->out[0] + place.element, values.dy);
   }
 
   template <bool kNontemporal, class Loaded>
@@ -140,6 +155,9 @@ struct Table {
   template <class A, Outputs kWanted>
   static void backward(const CpuPlan& p, const Task& task, const BackwardArrays& arrays,
                        const BackwardArgs& args, Act act, Sums sums) {
+    const bool any = act != Act::kNone && act != Act::kRelu, stages = any && kStages<T>;
+    T *const dx = static_cast<T*>(args.grad_input), *const dz = static_cast<T*>(args.grad_residual);
+    T* const staged = !stages ? nullptr : dz ? dz : dx;
     const auto run = [&]<Slope kSlope>(std::integral_constant<Slope, kSlope>) {
       with_map(p.map, [&](auto map) {
         // Next to an activation sums that nobody asked for cost little.
@@ -147,11 +165,10 @@ struct Table {
         constexpr Outputs kComputed{kSums, kWanted.batch, kWanted.frozen};
         Backward<T, map, A, kSlope, kComputed> body;
         body.in[0] = static_cast<const T*>(args.input);
-        body.in[1] = static_cast<const T*>(args.grad_out);
+        body.in[1] = body.kInPlace && stages ? staged : static_cast<const T*>(args.grad_out);
         if constexpr (kSlope == Slope::kAny) body.in[2] = static_cast<const T*>(args.residual);
-        body.out[0] = static_cast<T*>(args.grad_input);
-        if constexpr (kWanted.batch || kWanted.frozen)
-          body.out[1] = static_cast<T*>(args.grad_residual);
+        body.out[0] = kWanted.batch || kWanted.frozen ? dx : staged;
+        if constexpr (body.kOutputs == 2) body.out[1] = dz;
         body.mask = const_cast<uint8_t*>(args.mask);
         body.arrays = arrays;
         body.act = {act, args.act_param};
@@ -162,10 +179,12 @@ struct Table {
       });
     };
     constexpr bool kRare = kWanted.sums && sizeof(A) > sizeof(C);
-    if (kRare || (act != Act::kNone && act != Act::kRelu))
-      run(std::integral_constant<Slope, Slope::kAny>{});
-    else if constexpr (!kRare) {
-      if (act == Act::kNone)
+    constexpr bool kStaged = kWanted.batch && kStages<T>;
+    if constexpr (!kStaged)
+      if (kRare || any) return run(std::integral_constant<Slope, Slope::kAny>{});
+    if constexpr (!kRare) {
+      if (kStaged && any && !dx) return;
+      if (act == Act::kNone || (kStaged && any))
         run(std::integral_constant<Slope, Slope::kOne>{});
       else if (args.mask)
         run(std::integral_constant<Slope, Slope::kMask>{});

@@ -5,6 +5,7 @@
 //   prefetch<kLocality>(element)
 //   load(coefficients, place): its values of a unit
 //   kTogether: units that are loaded together where more than one; then finish(values, how many)
+//   kInPlace: an output may be an input, so what units share is loaded before it is written
 // and, to sum: Accumulator, kSums, add(coefficients, place, values, keep, sums[kVecs]),
 // and, to write: apply<kNontemporal>(coefficients, place, values).
 //
@@ -111,6 +112,7 @@ struct BodyOf {
   static constexpr int kInputs = kIn, kOutputs = kOut;
   static constexpr bool kWritesMask = kMaskWritten;
   static constexpr int kTogether = 1;
+  static constexpr bool kInPlace = false;
   const T* in[kIn];
   T* out[std::max(kOut, 1)];
   uint8_t* mask;  // null: none

@@ -261,6 +261,13 @@ template <bool kNontemporal, int kRows, class Body>
           });
     return;
   }
+  // In place, rows that end in a part of a unit come one by one.
+  constexpr bool kTail = Body::kInPlace && kRows == 1;
+  [[maybe_unused]] decltype(body.load(body.at(0), at)) tail;
+  if constexpr (kTail) {
+    const int64_t last = (columns - 1) / kUnit<T> * kUnit<T>;
+    tail = body.load(body.at(first + last), at + (columns - kUnit<T>));
+  }
   for (int64_t slot = 0; slot < columns; slot += kUnit<T>) {
     const auto k = body.at(first + slot);
     for_units<kRows>(
@@ -268,6 +275,8 @@ template <bool kNontemporal, int kRows, class Body>
         [&](auto, Place& here) { here.element += stride, here.mask_row += mask_stride; },
         [&](auto, const Place& here) {
           prefetch(here, slot);
+          if constexpr (kTail)
+            if (slot + kUnit<T> > columns) return tail;
           return body.load(k, here);
         },
         [&](auto, const Place& here, const auto& values) {
@@ -295,7 +304,8 @@ template <class Body>
   // takes units together takes them side by side.
   constexpr int kRows = Body::kTogether == 1 ? 4 : 1;
   const auto outputs = std::count_if(body.out, body.out + Body::kOutputs, [](T* o) { return o; });
-  const bool by_four = !p.nontemporal_stores || (row_bytes <= 1024 && outputs == 1);
+  const bool by_four = (!p.nontemporal_stores || (row_bytes <= 1024 && outputs == 1)) &&
+                       (!Body::kInPlace || columns % kUnit<T> == 0);
   with_bool(p.nontemporal_stores, [&](auto nontemporal) {
     for (int64_t begin, end = row1; end > row0; end = begin) {
       int64_t row = begin = row0 + (end - row0 - 1) / block * block;

@@ -141,6 +141,9 @@ inline void apply_run(const Body& body, const Coefficients& k, const Place& at, 
   const auto apply = [&](auto, const Place& here, const auto& values) {
     body.template apply<kNontemporal>(k, here, values);
   };
+  const Place last = at + (length - kUnit<T>);
+  [[maybe_unused]] decltype(body.load(k, last)) tail;
+  if constexpr (Body::kInPlace) tail = body.load(k, last);
   int64_t i = 0;
   for (; i + kUnits * kUnit<T> <= length; i += kUnits * kUnit<T>)
     for_units<kUnits>(
@@ -153,10 +156,20 @@ inline void apply_run(const Body& body, const Coefficients& k, const Place& at, 
           return body.load(k, here);
         },
         apply);
-  for (; i < length; i += kUnit<T>)
+  for (; i + kUnit<T> <= length; i += kUnit<T>)
     for_units<1>(
-        body, at + std::min<int64_t>(i, length - kUnit<T>), [](auto, Place&) {},
+        body, at + i, [](auto, Place&) {},
         [&](auto, const Place& here) { return body.load(k, here); }, apply);
+  if (i < length)
+    for_units<1>(
+        body, last, [](auto, Place&) {},
+        [&](auto, const Place& here) {
+          if constexpr (Body::kInPlace)
+            return tail;
+          else
+            return body.load(k, here);
+        },
+        apply);
 }
 
 // The same elements of rows of channels [c0, c1).

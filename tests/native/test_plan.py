@@ -62,6 +62,10 @@ def test_bytes_of_every_plan(problem, device) -> None:
     again = tensor * (1 if "forward" in stage else 2)
     # A second read that half the L3 holds does not reach memory.
     misses = p.family == "streaming" and again > device.l3_bytes // 2
+    # Where it is not rounded so, dy f' waits in grad_residual, or in dx, which is written twice; in
+    # 16 bits the residual is read once more.
+    if act == "silu" and stage == "train_backward" and residual == (SIZES[dtype] == 2):
+        again += tensor
     assert p.bytes_moved - p.bytes_floor == (again if misses else 0)
     assert (p.family == "elementwise") == stage.startswith("eval"), "eval has nothing to wait for"
 

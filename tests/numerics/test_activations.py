@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import bnext
 from bnext import reference
 from bnext.functional import batch_norm_act
-from cases import LAYOUTS, Case, make
+from cases import LAYOUTS, SHAPES, Case, make, shape_id
 
 # name, parameter
 ACTS = [
@@ -70,6 +70,23 @@ def test_values_and_gradients(act, param, dtype, layout, residual, training, dev
     for got, want in zip(grads, grads64, strict=True):
         error = (got.double() - want).abs().max()
         assert error <= tolerance * want.abs().max(), (act, float(error))
+
+
+# Rows of columns that end in a part of a unit each, and a run that is two pieces.
+ENDS = [((3, 2051, 1, 2), torch.channels_last), ((2, 2, 1, 20001), torch.contiguous_format)]
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "add"])
+@pytest.mark.parametrize("shape", [*SHAPES[11:], *ENDS], ids=shape_id)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("act", ["relu6", "silu"])
+def test_gradients_of_shapes(act, dtype, shape, residual, device) -> None:
+    params = torch.float64 if dtype is torch.float64 else torch.float32
+    case = make(*shape, (dtype, params, params), device, residual=residual)
+    (_, grads), (_, grads64) = (f(case, True, act, None) for f in (found, expected))
+    tolerance = 64 * torch.finfo(dtype).eps
+    for got, want in zip(grads, grads64, strict=True):
+        assert (got.double() - want).abs().max() <= tolerance * want.abs().max()
 
 
 def special_values(dtype: torch.dtype) -> list[float]:

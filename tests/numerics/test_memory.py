@@ -138,20 +138,26 @@ for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         x, residual = copies(sample).requires_grad_(), copies(other).requires_grad_()
         dy = copies(grad)
         stats = torch.zeros(c).to(dtype), torch.ones(c).to(dtype)
-        for training, added in ((True, None), (False, None), (True, residual)):
+        for training, added, act in (
+            (True, None, None), (False, None, None), (True, residual, "relu"), (True, None, "silu")
+        ):
             given = None if training else stats
-            act, leaves = (None, (x,)) if added is None else ("relu", (x, added))
+            leaves = (x,) if added is None else (x, added)
             y = bnext.functional.batch_norm_act(
                 x, *stats, residual=added, training=training, momentum=0.0, act=act
             )
             gradients = torch.autograd.grad(y, leaves, dy)
-            passed = None if added is None else y[:1].detach() > 0
+            wide = sample.double().requires_grad_()
             forward = reference.forward(
-                sample, residual=None if added is None else other, stats=given, act=act
+                wide, residual=None if added is None else other, stats=given, act=act
             )
-            backward = reference.backward(grad, sample, stats=given, active=passed)
-            expected = forward.output, backward.input, backward.residual
-            for actual, value in zip((y.detach(), *gradients), expected):
+            if act == "silu":
+                expected = torch.autograd.grad(forward.output, wide, grad.double())
+            else:
+                passed = None if act is None else y[:1].detach() > 0
+                backward = reference.backward(grad, sample, stats=given, active=passed)
+                expected = backward.input, backward.residual
+            for actual, value in zip((y.detach(), *gradients), (forward.output.detach(), *expected)):
                 torch.testing.assert_close(actual[:1].double(), value, rtol=2e-2, atol=2e-2)
                 assert torch.equal(actual, actual[:1].expand_as(actual))
 assert past_the_cache >= 4 * 2
