@@ -141,8 +141,8 @@ def random_by(case: Case) -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("relu, residual", [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
-@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+@pytest.mark.parametrize("dtypes", [*DTYPES[:3], DTYPES[-1]], ids=dtype_id)
+@pytest.mark.parametrize("shape", [*SHAPES[2:4], *SHAPES[7:]], ids=shape_id)
 def test_is_the_references(shape, dtypes, relu, residual, training) -> None:
     case = make(*shape, dtypes, residual=residual)
     by = random_by(case)
