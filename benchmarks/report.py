@@ -92,7 +92,8 @@ def _git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        others = ":(top)", ":(top,exclude)benchmarks/results"  # but what another benchmark wrote
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *others)
         return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
