@@ -61,7 +61,7 @@ INLINING = "--param inline-unit-growth=200 --param large-function-growth=400"
 # csrc/cuda/launch_*.cu are compiled once for each of these.
 CUDA_TYPES = ("float", "double", "bfloat16", "float16")
 # Used if there is no GPU to ask. 8.6 and 8.9 run code for 8.0, and later ones compile the PTX of
-# 10.0 at first use. Each takes 140 s to compile on one core.
+# 10.0 at first use. Each takes 300 s to compile on one core.
 DEFAULT_CUDA_ARCHS = ("8.0", "9.0", "10.0")
 TOOLS = (
     "Needed are gcc 12 or clang 15, or newer, and Python's headers: apt install g++ python3-dev "

@@ -7,7 +7,19 @@ from pathlib import Path
 import torch
 
 import bnext
-from benchmarks import cases, claims, dram, gpu, gpu_clock, kernels, overhead, resnet50, train
+from benchmarks import (
+    cases,
+    claims,
+    dram,
+    gpu,
+    gpu_clock,
+    kernels,
+    overhead,
+    predict,
+    resnet50,
+    sass,
+    train,
+)
 
 DEFAULT_MODES = ["cold graph", "warm graph", "warm eager"]
 
@@ -54,6 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     traffic.add_argument("--workload", action="store_true", help="what ncu is to look at")
     training = commands.add_parser("train", parents=[shared], help=train.__doc__)
     training.add_argument("--epochs", type=int, help="passes over the training set (default 15)")
+    counted = commands.add_parser("sass", parents=[shared], help=sass.__doc__)
+    counted.add_argument("--arch", nargs="+", default=["sm_90a"], help="as for nvcc")
+    counted.add_argument("--filter", default="", help="regular expression of kernels to print")
+    commands.add_parser("predict", parents=[shared], help=predict.__doc__)
     commands.add_parser("overhead", parents=[shared], help=overhead.__doc__)
     paper = commands.add_parser("claims", parents=[shared], help=claims.__doc__)
     names = [*claims.EXPERIMENTS]
@@ -90,6 +106,10 @@ def main(argv: list[str]) -> int:
             device, batch, size, 5 if on_gpu else 1, 0 if args.quick else 20
         )
         return resnet50.run(args.out, network, args.minutes, not args.no_compile)
+    if args.command == "sass":
+        return sass.run(args.out, args.arch, args.filter)
+    if args.command == "predict":
+        return predict.run(args.out)
     if args.command == "dram":
         return dram.workload() if args.workload else dram.run(args.out)
     if args.command == "gpu":

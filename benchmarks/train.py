@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -174,6 +173,8 @@ def _write(
             row[f"images_per_s_{name}"] = "" if last else f"{each.images_per_s[epoch - 1]:.0f}"
         rows.append(row)
     report.write_csv(out / "train.csv", facts, rows)
+
+    from matplotlib.figure import Figure  # for plots alone
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss_axis, accuracy_axis = figure.subplots(1, 2)

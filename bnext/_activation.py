@@ -18,14 +18,11 @@ class Activation(NamedTuple):
 
     kind: int
     needs: str  # what backward needs of z = bn(x) + residual: "nothing", "sign" or "sum"
-    devices: frozenset[str]  # whose kernels take it; on others `activate` follows the kernel
 
 
 ACTIVATIONS: dict[str | None, Activation] = {
-    None if name == "none" else name: Activation(
-        kind, needs, frozenset(devices | {"meta"} if "cpu" in devices else devices)
-    )
-    for name, (kind, needs, devices) in _C.activations().items()
+    None if name == "none" else name: Activation(kind, needs)
+    for name, (kind, needs) in _C.activations().items()
 }
 
 BY_KIND = {a.kind: (name, a) for name, a in ACTIVATIONS.items()}

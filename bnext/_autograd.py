@@ -104,7 +104,7 @@ class BatchNormFunction(torch.autograd.Function):
             refuse_gradients_of_statistics(running_mean, running_var)
         # A saved tensor must not change before backward. So only what backward needs is saved: not
         # the output, nor in training the running statistics.
-        kind, needs, _ = ACTIVATIONS[act]
+        kind, needs = ACTIVATIONS[act]
         saves_mask = needs == "sign" and residual is not None
         saved_bias = _saved_bias(weight, bias, kind != 0 and not saves_mask)
         saved_residual = residual if needs == "sum" else None
@@ -185,7 +185,7 @@ class _TracedFunction(torch.autograd.Function):
         input, weight, bias, residual, running_mean, running_var, _, training, *rest = inputs
         _, eps, act, act_param = rest
         _, save_stats, mask = output
-        kind, needs, _ = ACTIVATIONS[act]
+        kind, needs = ACTIVATIONS[act]
         saves_mask = needs == "sign" and residual is not None
         if training:
             running_mean = running_var = None

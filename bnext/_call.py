@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.overrides import has_torch_function_variadic
 
-from bnext._activation import ACTIVATIONS, activate
+from bnext._activation import ACTIVATIONS
 from bnext._autograd import apply, is_inference
 from bnext._detours import (
     NATIVE_TYPES,
@@ -86,15 +86,7 @@ def normalize(
         if residual is not None and not isinstance(residual, Tensor):
             name = type(residual).__name__
             raise TypeError(f"residual: expected a tensor or None, got {name}")
-        kind, _, devices = ACTIVATIONS[act]
-        # One that is not strided goes to the op, which refuses it, and on to ATen, all or nothing.
-        if kind and input.device.type not in devices and input.layout is torch.strided:
-            plain = normalize(
-                input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
-                training, momentum, eps, None, 0.0,
-            )  # fmt: skip
-            return activate(plain, act, act_param)
-        added = residual, kind, act_param
+        added = residual, ACTIVATIONS[act].kind, act_param
     try:
         if (
             is_grad_enabled()

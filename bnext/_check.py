@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from bnext._activation import ACTIVATIONS
+from bnext._activation import BY_KIND
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -84,15 +84,13 @@ def _is_channels_last(tensor: Tensor) -> bool:
 
 
 def check_act(act: int, input: Tensor) -> str:
-    """What backward needs of a kind of activation, which must be one that the kernels take."""
+    """What backward needs of a kind of activation."""
     if input is None:
         fail("input: expected a tensor, got None")
-    taken = {a.kind: (name or "none", a.needs) for name, a in ACTIVATIONS.items()
-             if input.device.type in a.devices}  # fmt: skip
-    if act not in taken:
-        kinds = ", ".join(f"{kind} ({name})" for kind, (name, _) in taken.items())
-        fail(f"act: expected a kind that the kernels take, one of {kinds}, got {act}")
-    return taken[act][1]
+    if act not in BY_KIND:
+        kinds = ", ".join(f"{kind} ({name or 'none'})" for kind, (name, _) in BY_KIND.items())
+        fail(f"act: expected a kind of activation, one of {kinds}, got {act}")
+    return BY_KIND[act][1].needs
 
 
 def check_input(input: Tensor) -> Input:
@@ -249,7 +247,7 @@ def check_save_stats(tensor: Tensor | None, x: Input) -> None:
 def check_act_operands(
     act: int, needs: str, residual: Tensor | None, mask: Tensor | None, had_residual: bool
 ) -> None:
-    name = next(name or "none" for name, a in ACTIVATIONS.items() if a.kind == act)
+    name = BY_KIND[act][0] or "none"
     if act == 0 and had_residual:
         fail("act: expected one with a residual's gradient; without, that is grad_out")
     if needs == "sign" and mask is None and (had_residual or residual is not None):
@@ -261,7 +259,7 @@ def check_act_operands(
 def check_act_is_linear(act: int, needs: str) -> None:
     """The double backward takes no activation with a second derivative."""
     if needs == "sum":
-        name = next(name for name, a in ACTIVATIONS.items() if a.kind == act)
+        name = BY_KIND[act][0]
         fail(f"act: expected none that is curved, got {name}")
 
 

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.utils._python_dispatch import _detect_infra_mode
 
-from bnext._activation import ACTIVATIONS, activate
+from bnext._activation import activate
 from bnext._autograd import refuse_gradients_of_statistics, traced_apply
 
 _is_tracing: Callable[[], bool] = torch.jit.is_tracing
@@ -93,8 +93,6 @@ def _counted_first(*args: Any) -> Tensor:
 def _traced(*args: Any) -> Tensor:
     input, weight, bias, residual, running_mean, running_var, *rest = args
     num_batches_tracked, training, momentum, eps, act, act_param = rest
-    if input.device.type not in ACTIVATIONS[act].devices:
-        return activate(_traced(*args[:-2], None, 0.0), act, act_param)
     if not (isinstance(momentum, float | int | None) and isinstance(eps, float | int)):
         # NumPy's scalars, and tensors, whose values are not known yet: torch takes or refuses them.
         return compose(*args)

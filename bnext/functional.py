@@ -64,7 +64,7 @@ def batch_norm_act(
     Equal to ``act(batch_norm(input, ...) + residual)``, without writing an intermediate result to
     memory. Backward needs the sign of the sum for ReLU, ReLU6 and leaky ReLU (one bit per element,
     or nothing if there is no residual), and computes the sum again for the others, which keeps the
-    residual alive. On GPUs only ReLU is in the kernels: the others follow as torch's operations.
+    residual alive.
     The normalisation is Algorithm 1 of
     `Ioffe & Szegedy, 2015 <https://arxiv.org/abs/1502.03167>`__.
 

@@ -13,6 +13,7 @@ import torch
 
 from bnext._activation import ACTIVATIONS, check_activation
 from bnext._ops import _C, DOUBLE_BACKWARD_DEVICES
+from bnext._predict import Prediction, predict
 
 __all__ = ["GPUS", "CudaInfo", "Explanation", "build_info", "explain"]
 
@@ -27,6 +28,7 @@ GPUS = MappingProxyType(
         "H100": CudaInfo(90, 132, 228 * _KIB, 227 * _KIB, 50 * _MIB, 16),
         "H200": CudaInfo(90, 132, 228 * _KIB, 227 * _KIB, 60 * _MIB, 16),
         "B200": CudaInfo(100, 148, 228 * _KIB, 227 * _KIB, 126 * _MIB, 16),
+        "RTX 4090": CudaInfo(89, 128, 100 * _KIB, 99 * _KIB, 72 * _MIB, 1),
         "RTX 5090": CudaInfo(120, 170, 100 * _KIB, 99 * _KIB, 96 * _MIB, 8),
     }
 )
@@ -56,6 +58,8 @@ class Explanation:
     device: _C.DeviceInfo | CudaInfo
     forward: _C.Plan | _C.CudaPlan
     backward: _C.Plan | _C.CudaPlan
+    predicted: tuple[Prediction | None, Prediction | None]
+    """Seconds and share of copy bandwidth, forward and backward, of a GPU of :data:`GPUS`."""
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
@@ -65,8 +69,8 @@ class Explanation:
             f"{', plus a residual' if self.residual else ''}"
             f"{'' if self.act is None else f', then {self.act}'}",
             f"  on       {_device_words(self.device)}",
-            f"  forward  {_words(self.forward)}",
-            f"  backward {_words(self.backward)}",
+            f"  forward  {_words(self.forward)}{_prediction_words(self.predicted[0])}",
+            f"  backward {_words(self.backward)}{_prediction_words(self.predicted[1])}",
             *(f"  note: {note}" for note in self.notes),
         ]
         return "\n".join(lines)
@@ -98,7 +102,8 @@ def explain(
     Returns:
         The plans of forward and backward: kernel family, work split, instruction set, the bytes
         that each moves to and from memory, and the least that any kernel must move. Plans for a GPU
-        rest on estimates, because none has been measured yet.
+        rest on estimates, and so does the time predicted for each, because none has been measured
+        yet.
 
     Raises:
         ValueError: no such batch norm exists, or :attr:`device` cannot be described.
@@ -117,28 +122,34 @@ def explain(
         raise ValueError(f"no tensor of {len(shape)} dimensions is in {memory_format}")
     info = device if isinstance(device, CudaInfo) else _device_info(device, num_threads)
     check_activation(act, None)
-    device_type = "cuda" if isinstance(info, CudaInfo) else "cpu"
-    fused = act if device_type in ACTIVATIONS[act].devices else None
 
     def plan(stage: str) -> Any:
         problem = (
             shape[0], shape[1], math.prod(shape[2:]),
             memory_format is not torch.contiguous_format,
-            _name(dtype), f"{'train' if training else 'eval'}_{stage}", fused or "none", residual,
+            _name(dtype), f"{'train' if training else 'eval'}_{stage}", act or "none", residual,
         )  # fmt: skip
         if isinstance(info, CudaInfo):
             return _C.plan_cuda(*problem, info)
         return _C.plan(*problem, info)
 
+    plans = plan("forward"), plan("backward")
+
+    def predicted(direction: int) -> Prediction | None:
+        if not isinstance(info, CudaInfo):
+            return None
+        stage = f"{'train' if training else 'eval'}_{('forward', 'backward')[direction]}"
+        needs = ACTIVATIONS[act].needs
+        return predict(plans[direction], info, math.prod(shape), dtype.itemsize, stage, needs)
+
     return Explanation(
-        tuple(shape), dtype, memory_format, training, act, residual, info,
-        plan("forward"), plan("backward"), _notes(training, act if act != fused else None),
+        tuple(shape), dtype, memory_format, training, act, residual, info, *plans,
+        (predicted(0), predicted(1)), _notes(training),
     )  # fmt: skip
 
 
-def _notes(training: bool, unfused: str | None) -> tuple[str, ...]:
+def _notes(training: bool) -> tuple[str, ...]:
     """What goes to ATen's kernels on purpose, as `bnext._detours` decides."""
-    composed = f"{unfused} is ATen's operation, after the kernel, whose bytes these are"
     compiled = (
         "torch.compile keeps this op; torch.export and ONNX export are given ATen's batch_norm"
         if training
@@ -146,7 +157,6 @@ def _notes(training: bool, unfused: str | None) -> tuple[str, ...]:
         "fold into the convolution before"
     )
     return (
-        *([composed] if unfused else []),
         compiled,
         "ATen runs torch.jit's script and trace, forward-mode AD, torch.func's vmap and jvp, "
         "tensor subclasses (DTensor, ...), devices and layouts without kernels (xpu, mkldnn)",
@@ -202,6 +212,15 @@ def _words(plan: _C.Plan | _C.CudaPlan) -> str:
     return (
         f"{plan.family} by {plan.index_map}, {work}; moves "
         f"{_size(plan.bytes_moved)}, {ratio:.2f}x the floor of {_size(plan.bytes_floor)}"
+    )
+
+
+def _prediction_words(prediction: Prediction | None) -> str:
+    if prediction is None:
+        return ""
+    return (
+        f"; predicted, not measured: {prediction.seconds * 1e6:.0f} us, "
+        f"{prediction.copy_share:.0%} of a copy's speed"
     )
 
 

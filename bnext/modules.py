@@ -277,7 +277,7 @@ class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
         + \beta + \mathrm{residual}\right)
 
     It replaces ``act(bn(x) + residual)`` or ``act(bn(x))``. Neither the normalised tensor nor the
-    sum is written to memory (on GPUs with ReLU only: others follow as torch's operations).
+    sum is written to memory.
     Parameters, buffers and ``state_dict`` are those of :class:`bnext.BatchNorm2d`.
 
     Args:

@@ -1,5 +1,5 @@
-// The activation: y = f(z), z = bn(x) + residual. Its kinds, what backward needs of each, which
-// backend's kernels take it, f and f'. Includes the standard library only.
+// The activation: y = f(z), z = bn(x) + residual. Its kinds, what backward needs of each, f and
+// f'. Includes the standard library only.
 #pragma once
 
 #include <cmath>
@@ -37,17 +37,14 @@ enum class Needs : uint8_t { kNothing, kSign, kSum };
 struct ActTraits {
   const char* name;
   Needs needs;
-  bool on_cpu, on_cuda;  // the kernels take it; elsewhere torch's operation follows them
 };
 
 // In the order of Act.
 inline constexpr ActTraits kActs[] = {
-    {"none", Needs::kNothing, true, true}, {"relu", Needs::kSign, true, true},
-    {"relu6", Needs::kSign, true, false},  {"leaky_relu", Needs::kSign, true, false},
-    {"silu", Needs::kSum, true, false},    {"hardswish", Needs::kSum, true, false},
-    {"gelu", Needs::kSum, true, false},    {"gelu_tanh", Needs::kSum, true, false},
-    {"elu", Needs::kSum, true, false},     {"tanh", Needs::kSum, true, false},
-    {"sigmoid", Needs::kSum, true, false},
+    {"none", Needs::kNothing},    {"relu", Needs::kSign},     {"relu6", Needs::kSign},
+    {"leaky_relu", Needs::kSign}, {"silu", Needs::kSum},      {"hardswish", Needs::kSum},
+    {"gelu", Needs::kSum},        {"gelu_tanh", Needs::kSum}, {"elu", Needs::kSum},
+    {"tanh", Needs::kSum},        {"sigmoid", Needs::kSum},
 };
 inline constexpr Act kLastAct = static_cast<Act>(std::size(kActs) - 1);
 static_assert(kLastAct == Act::kSigmoid);

@@ -22,7 +22,7 @@ Problem make_problem(int64_t n, int64_t c, int64_t hw, bool channels_last, const
                      const std::string& stage, const std::string& act, bool residual,
                      bool need_input, bool need_params, bool save_mask, bool need_residual) {
   if (n < 1 || c < 1 || hw < 1) throw py::value_error("n, c, hw: expected at least 1");
-  const Stage parsed = parse("stage", stage, Stage::kTrainForward, Stage::kEvalBackward);
+  const Stage parsed = parse("stage", stage, Stage::kTrainForward, Stage::kDoubleBackward);
   const DType parsed_dtype = parse("dtype", dtype, DType::kFloat32, DType::kFloat16);
   const Act parsed_act = parse("act", act, Act::kNone, kLastAct);
   const Needs needs = traits(parsed_act).needs;
@@ -91,16 +91,11 @@ void def_plan(py::module_& m, const char* name) {
   });
 }
 
-// {name: (kind, what backward needs, the devices whose kernels take it)}
+// {name: (kind, what backward needs)}
 py::dict activations() {
   py::dict all;
-  for (int64_t kind = 0; kind < std::ssize(kActs); ++kind) {
-    const ActTraits& act = kActs[kind];
-    py::set devices;
-    if (act.on_cpu) devices.add("cpu");
-    if (act.on_cuda) devices.add("cuda");
-    all[act.name] = py::make_tuple(kind, to_string(act.needs), devices);
-  }
+  for (int64_t kind = 0; kind < std::ssize(kActs); ++kind)
+    all[kActs[kind].name] = py::make_tuple(kind, to_string(kActs[kind].needs));
   return all;
 }
 

@@ -1,6 +1,5 @@
 // The ops of any backend: check, allocate, fill the kernels' arguments, run. Includes the LibTorch
 // stable ABI. A backend has
-//   takes                              the member of ActTraits that says which activations it takes
 //   allocate_output(input)             uninitialised memory for an output of the input's shape
 //   run(args, input)                   runs the kernels on the input's device
 //   count(num_batches_tracked, input)  adds 1 to the counter on the input's device
@@ -19,7 +18,7 @@ struct Ops {
       const OptionalTensor& running_mean, const OptionalTensor& running_var,
       const OptionalTensor& num_batches_tracked, std::optional<double> momentum, double eps,
       const OptionalTensor& residual, int64_t act, double act_param, bool save_mask) {
-    Input x = check_input(input, Stage::kTrainForward, check_act(act, Backend::takes));
+    Input x = check_input(input, Stage::kTrainForward, check_act(act));
     ForwardArgs args{};
     check_statistic("running_mean", running_mean, x);
     check_statistic("running_var", running_var, x);
@@ -59,7 +58,7 @@ struct Ops {
       const Tensor& input, const OptionalTensor& weight, const OptionalTensor& bias,
       const Tensor& running_mean, const Tensor& running_var, double eps,
       const OptionalTensor& residual, int64_t act, double act_param, bool save_mask) {
-    Input x = check_input(input, Stage::kEvalForward, check_act(act, Backend::takes));
+    Input x = check_input(input, Stage::kEvalForward, check_act(act));
     ForwardArgs args{};
     args.frozen_mean = check_eval_statistic("running_mean", running_mean, x);
     args.frozen_var = check_eval_statistic("running_var", running_var, x);
@@ -87,7 +86,7 @@ struct Ops {
       const OptionalTensor& mask, int64_t act, double act_param, bool need_input, bool need_weight,
       bool need_bias, bool need_residual) {
     Input x = check_input(input, save_stats ? Stage::kTrainBackward : Stage::kEvalBackward,
-                          check_act(act, Backend::takes));
+                          check_act(act));
     const Tensor dy = check_like_input("grad_out", grad_out, x);
     BackwardArgs args{};
     args.weight = check_param("weight", weight, x);
@@ -140,7 +139,7 @@ struct Ops {
       const OptionalTensor& running_var, const OptionalTensor& bias, const OptionalTensor& residual,
       const OptionalTensor& mask, int64_t act, double act_param, bool need_grad_out,
       bool need_input, bool need_weight) {
-    Input x = check_input(input, Stage::kDoubleBackward, check_act(act, Backend::takes));
+    Input x = check_input(input, Stage::kDoubleBackward, check_act(act));
     const Tensor u = check_like_input("grad_grad_input", grad_grad_input, x);
     const Tensor dy = check_like_input("grad_out", grad_out, x);
     const OptionalTensor v = check_like_input("grad_grad_residual", grad_grad_residual, x);

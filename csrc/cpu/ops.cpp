@@ -23,8 +23,6 @@ void with_schedule(const Problem& problem, F f) {
 }
 
 struct Cpu {
-  static constexpr auto takes = &ActTraits::on_cpu;
-
   // In huge pages where it is large: faulting in 4 KiB pages costs more than the kernel.
   static Tensor allocate_output(const Input& x) {
     Tensor output = allocate_like(x);

@@ -9,376 +9,329 @@
 //   apply     frozen statistics, dx alone.
 #pragma once
 
-#include "../activation.h"
-#include "exchange.cuh"
-#include "launch.h"
-#include "slab.cuh"
+#include "gate.cuh"
 
 namespace bnext {
 
-using BackwardCall = Call<BackwardArgs>;
-
-template <class C>
-struct BackwardCoefficients {
-  Affine<C> affine;  // the forward's
-  InputGrad<C> grad;
+// What is read of a channel once; in place of it, later, the gradients of its parameters.
+struct ChannelStatistics {
+  double mean, low, invstd, weight;
 };
-static_assert(sizeof(BackwardCoefficients<float>) <= kCoefficients * sizeof(float) &&
-              sizeof(BackwardCoefficients<double>) <= kCoefficients * sizeof(double));
+static_assert(sizeof(ChannelStatistics) <= kRecordBytes);
 
-__device__ inline bool is_frozen(const BackwardArgs& args) {
+template <class Args>
+__device__ inline bool is_frozen(const Args& args) {
   return !args.save_stats;
 }
-__device__ inline double mean_of(const BackwardArgs& args, int64_t c) {
-  return is_frozen(args) ? read(args.running_mean, c, 0) : args.save_stats[c];
-}
-__device__ inline double invstd_of(const BackwardCall& call, int64_t c) {
-  const BackwardArgs& args = call.args;
-  return is_frozen(args) ? inverse_std(read(args.running_var, c, 1), args.eps)
-                         : args.save_stats[call.problem.c + c];
+
+template <class Args>
+__device__ inline ChannelStatistics statistics_of(const Call<Args>& call, int64_t c) {
+  const Args& args = call.args;
+  const double weight = read(args.weight, c, 1);
+  if (is_frozen(args))
+    return {read(args.running_mean, c, 0), 0, inverse_std(read(args.running_var, c, 1), args.eps),
+            weight};
+  const double* const mean = args.save_stats + c;
+  return {mean[0], mean[2 * call.problem.c], mean[call.problem.c], weight};
 }
 
-// Sets the coefficients that need no sums; with frozen statistics dx = a * dy. Ends with a barrier.
+// The power of two next below 1 / std: x - mean and its products stay within what floats hold.
 template <class C>
-__device__ inline void set_coefficients(const BackwardCall& call, int64_t channel0, int channels,
-                                        BackwardCoefficients<C>* coefficients) {
-  const BackwardArgs& args = call.args;
+__device__ inline C unit_of(double invstd, C mean) {
+  const C unit = static_cast<C>(ldexp(1.0, ilogb(invstd)));
+  return unit > 0 && mean * unit - mean * unit == 0 ? unit : C(1);
+}
+
+// The coefficients that need no sums; dx = results.x * dy where the statistics are frozen. Ends
+// with a barrier.
+template <class T, Gate kGate>
+__device__ inline void prepare(const BackwardCall& call, const SharedLayout& shared,
+                               int64_t channel0, int channels) {
+  using C = compute_t<T>;
+  auto* const prepared = static_cast<Prepared<C>*>(shared.prepared);
+  auto* const records = reinterpret_cast<ChannelStatistics*>(shared.records);
   for (int i = static_cast<int>(threadIdx.x); i < channels; i += call.plan.threads) {
-    const int64_t c = channel0 + i;
-    const double mean = mean_of(args, c), invstd = invstd_of(call, c);
-    const double weight = read(args.weight, c, 1);
-    coefficients[i] = {make_affine<C>(mean, invstd, weight, read(args.bias, c, 0)),
-                       make_input_grad<C>(mean, invstd, weight, 0, 0)};
+    const ChannelStatistics s = statistics_of(call, channel0 + i);
+    const double bias = read(call.args.bias, channel0 + i, 0);
+    const Affine<C> affine = make_affine<C>(s.mean, s.invstd, s.weight, bias, s.low);
+    const C unit = unit_of(s.invstd, affine.mean);
+    records[i] = s;
+    prepared[i] = {affine.mean, affine.scale, affine.shift, 0, 0, unit, affine.mean * unit, 0};
+    if constexpr (kGate == Gate::kSign && sizeof(T) == 2) {
+      unsigned threshold, sign;
+      find_threshold<T>(affine, threshold, sign);
+      prepared[i].threshold = float_of(threshold);
+      prepared[i].sign = float_of(sign);
+    }
+    shared.quads<C>()[i] = {affine.scale, 0, 0, 0};
   }
   sync_block();
 }
 
-__device__ inline void write_param_grads(const BackwardCall& call, int64_t c,
-                                         const GradSums& sums) {
-  write(call.args.grad_weight, c, sums.dy_xmu * invstd_of(call, c));
-  write(call.args.grad_bias, c, sums.dy);
+__device__ inline void add_sums(Pair& sums, const GradSums& s, const GradSums&) {
+  sums.a += s.dy;
+  sums.b += s.dy_xmu;
 }
 
+// From sums about the rounded mean to dx's coefficients; the parameters' gradients to the record.
 template <class C>
-__device__ inline InputGrad<C> input_grad_of(const BackwardCall& call, int64_t c,
-                                             const GradSums& sums) {
+__device__ inline Quad<C> finish_backward(const BackwardCall& call, const SharedLayout& shared,
+                                          int channel, Pair sums) {
+  auto& record = reinterpret_cast<ChannelStatistics*>(shared.records)[channel];
+  const ChannelStatistics s = record;
+  sums.b -= (s.mean - static_cast<double>(static_cast<C>(s.mean)) + s.low) * sums.a;
   const double count = static_cast<double>(call.problem.count());
-  return make_input_grad<C>(mean_of(call.args, c), invstd_of(call, c), read(call.args.weight, c, 1),
-                            sums.dy / count, sums.dy_xmu / count);
+  const InputGrad<double> grad =
+      make_input_grad<double>(s.mean, s.invstd, s.weight, sums.a / count, sums.b / count);
+  const double error = s.mean - static_cast<double>(static_cast<C>(s.mean)) + s.low;
+  const double unit = unit_of(s.invstd, static_cast<C>(s.mean));
+  record = {sums.a, sums.b * s.invstd, 0, 0};
+  return {static_cast<C>(grad.a), static_cast<C>(grad.b * (s.invstd / unit)),
+          static_cast<C>(grad.c - grad.b * error * s.invstd), 0};
 }
 
-// Both, from sums about the rounded mean. `writes`: only one block of a team writes to memory.
-template <class C>
-__device__ inline InputGrad<C> finish_backward(const BackwardCall& call, int64_t c, GradSums sums,
-                                               bool writes) {
-  const double mean = mean_of(call.args, c);
-  sums.dy_xmu -= (mean - static_cast<double>(static_cast<C>(mean))) * sums.dy;
-  if (writes) write_param_grads(call, c, sums);
-  return input_grad_of<C>(call, c, sums);
+__device__ inline void write_param_grads(const BackwardCall& call, const SharedLayout& shared,
+                                         int64_t channel0, int channels, int64_t rank) {
+  for (int i = static_cast<int>(threadIdx.x); i < channels; i += call.plan.threads) {
+    if (!finishes(call.plan, rank, i)) continue;
+    write(call.args.grad_bias, channel0 + i, shared.records[4 * i]);
+    write(call.args.grad_weight, channel0 + i, shared.records[4 * i + 1]);
+  }
 }
 
-// Items in registers at once: there are two operands.
-template <class Source>
-inline constexpr int kTileItems = Source::kItems / 2;
+// The coefficients of dx for the bins of a thread.
+template <class C, bool kFrozen, class Items>
+struct InputGradOf {
+  static constexpr int kBins = Items::kBins;
+  Quad<C> grad[kBins];
+  C unit[kBins], mean_units[kBins];
 
-// Some of a thread's items in registers: x, and dy where the ReLU passed.
-template <class T, int V, int kCount>
-struct GradTile {
-  static constexpr int kItems = kCount;
-  Pack<T, V> x[kItems], dy[kItems];
-  Item at[kItems];
-  bool valid[kItems];
+  __device__ InputGradOf(const Items& items, const SharedLayout& shared) {
+#pragma unroll
+    for (int v = 0; v < kBins; ++v) {
+      const Prepared<C>& p = static_cast<const Prepared<C>*>(shared.prepared)[items.channel(v)];
+      grad[v] = shared.quads<C>()[items.channel(v)];
+      unit[v] = p.unit;
+      mean_units[v] = p.mean_units;
+    }
+  }
+  // With frozen statistics dx does not depend on x, not even where x is inf or nan.
+  __device__ C operator()(int v, C x, C dy) const {
+    const Quad<C>& g = grad[v % kBins];
+    if constexpr (kFrozen) return g.x * dy;
+    const C units = fma(x, unit[v % kBins], -mean_units[v % kBins]);
+    return fma(g.x, dy, fma(g.y, units, g.z));
+  }
 };
 
-// Whether the ReLU let element v of an item pass: by the mask, or by the sign of z, computed from x
-// as the forward did.
-template <class C, class Items>
-__device__ inline bool passes(const BackwardCall& call, const Items& items, const Item& item, int v,
-                              const Affine<C>& affine, C x) {
-  if (call.problem.act == Act::kNone) return true;
-  if (!call.args.mask) return Activation<Act::kRelu>::passes(apply(affine, x));
-  constexpr int V = Items::kElements;
-  return own_mask_bits<V>(call.args.mask[items.mask_offset(item)]) >> v & 1;
-}
+// Where dx and the residual's gradient go.
+template <class T, int V, Gate kGate>
+class GradientsOut {
+ public:
+  template <class Items>
+  __device__ GradientsOut(const BackwardCall& call, const Items& items)
+      : has_input_(call.args.grad_input),
+        has_residual_(call.args.grad_residual),
+        input_(items_in<T, V>(call.args.grad_input, items)),
+        residual_(items_in<T, V>(call.args.grad_residual, items)),
+        keep_(call.plan.keeps_output) {}
 
-// Loads the items k, k + direction, ... in [first, last), and zeroes dy where the ReLU blocked.
-template <class T, int V, class Items, class Source>
-__device__ inline void load_tile(const BackwardCall& call, const Items& items,
-                                 const Affine<compute_t<T>> (&affine)[Items::kBins],
-                                 const Source& x, const Source& dy, bool reads_x, Item& item, int k,
-                                 int first, int last, int direction,
-                                 GradTile<T, V, kTileItems<Source>>& tile) {
+  // Which are asked for is known of all gates but one (see with_gate).
+  template <class Grad, class Items>
+  __device__ void store(const Grad& grad, const Items& items, int k, unsigned to,
+                        const compute_t<T> (&x)[V], const compute_t<T> (&dy)[V],
+                        const Item<T, V>& dy_item) const {
+    compute_t<T> dx[V];
 #pragma unroll
-  for (int i = 0; i < tile.kItems; ++i) {
-    const int j = k + direction * i;
-    tile.at[i] = item;
-    tile.valid[i] = j >= first && j < last && items.valid(item);
-    if (tile.valid[i]) {
-      const int64_t offset = items.offset(item);
-      if (reads_x) tile.x[i] = x(j, offset);
-      tile.dy[i] = dy(j, offset);
-    }
-    if (direction > 0)
-      items.advance(item);
-    else
-      items.retreat(item);
+    for (int v = 0; v < V; ++v) dx[v] = grad(v, x[v], dy[v]);
+    if (kGate != Gate::kAny || has_input_)
+      store_own(keep_, items, k, input_ + to, Item<T, V>::pack(dx));
+    if (kGate == Gate::kMask || (kGate == Gate::kAny && has_residual_))
+      store_own(keep_, items, k, residual_ + to, dy_item);
   }
-  if (call.problem.act == Act::kNone) return;
-#pragma unroll
-  for (int i = 0; i < tile.kItems; ++i)
-    if (tile.valid[i]) {
-#pragma unroll
-      for (int v = 0; v < V; ++v)
-        tile.dy[i].keep(
-            v, passes(call, items, tile.at[i], v, affine[v % Items::kBins], tile.x[i].get(v)));
-    }
-}
 
-// Sums what for_each() lists, in accumulators of type A; returns whether A was wide enough.
-template <class A, class C, class ForEach>
-__device__ inline bool sum_products(C mean, const ForEach& for_each, GradSums& sums) {
-  A dy_sum = 0, dy_xmu_sum = 0;
-  bool zero = true;
-  for_each([&](C x, C dy) {
-    const C xmu = x - mean;
-    dy_sum += static_cast<A>(dy);
-    dy_xmu_sum = fma(static_cast<A>(dy), static_cast<A>(xmu), dy_xmu_sum);
-  });
-  sums = {static_cast<double>(dy_sum), static_cast<double>(dy_xmu_sum)};
-  if (fits_float(dy_xmu_sum)) return true;
-  for_each([&](C x, C dy) { zero &= dy == 0 || x == mean; });
-  return zero;
-}
+ private:
+  bool has_input_, has_residual_;
+  Item<T, V>*input_, *residual_;
+  Keep keep_;
+};
 
-// Adds a tile to the sums of a thread's bins.
-template <class T, int V, int kItems, int kBins>
-__device__ inline void add_tile(ThreadGradSums<kBins>& sums, const GradTile<T, V, kItems>& tile,
-                                const Affine<compute_t<T>> (&affine)[kBins]) {
+// GradSums of this block for each channel of the group, in shared.partials; with kFrozen also dx.
+// `sum`: calls its argument, which adds items to the sums, for all of them.
+template <class T, int V, Gate kGate, bool kFrozen, class Items, class Source, class Sum>
+__device__ inline void reduce_backward(const BackwardCall& call, const Items& items, int channels,
+                                       const SharedLayout& shared, const Source& source,
+                                       const Sum& sum) {
   using C = compute_t<T>;
+  const auto* const prepared = static_cast<const Prepared<C>*>(shared.prepared);
+  const GateOf<kGate, T, V, Items> gate(call, items, prepared);
+  const InputGradOf<C, true, Items> frozen_grad(items, shared);
+  Sums<C, Items::kBins> sums;
+  const GradientsOut<T, V, kGate> out(call, items);
+  sum(sums, [&](int k, auto count) {
+    // Items of both operands that take registers.
+    constexpr int kLoads = count < 2 || kGate == Gate::kAny ? 1 : 2;
+    C a[V], b[V];
 #pragma unroll
-  for (int bin = 0; bin < kBins; ++bin) {
-    GradSums tile_sums;
-    const bool fits = sum_products<C>(
-        affine[bin].mean,
-        [&](const auto& f) {
+    for (int j = 0; j < count; j += kLoads) {
+      Item<T, V> x_item[kLoads], dy_item[kLoads];
+      typename GateOf<kGate, T, V, Items>::More more[kLoads];
+      unsigned at[kLoads];
 #pragma unroll
-          for (int i = 0; i < tile.kItems; ++i)
-            if (tile.valid[i]) {
+      for (int i = 0; i < kLoads; ++i) {
+        const int n = k + j + i;
+        at[i] = items(n);
+        more[i] = gate.more(n, at[i]);
+        x_item[i] = source(n, 0, at[i]);
+        dy_item[i] = source(n, 1, at[i]);
+      }
 #pragma unroll
-              for (int v = bin; v < V; v += kBins) f(tile.x[i].get(v), tile.dy[i].get(v));
-            }
-        },
-        tile_sums);
-    sums.unfit |= static_cast<unsigned>(!fits) << bin;
-    sums.bins[bin] = join(sums.bins[bin], tile_sums);
-  }
-}
-
-// Sums again, in double, the bins that did not fit in floats.
-template <class T, int V, class Items, class Source>
-__device__ inline void settle(const BackwardCall& call, const Items& items,
-                              const Affine<compute_t<T>> (&affine)[Items::kBins], const Source& x,
-                              const Source& dy, ThreadGradSums<Items::kBins>& sums) {
-  using C = compute_t<T>;
-  if constexpr (sizeof(C) < sizeof(double)) {
-#pragma unroll
-    for (int bin = 0; bin < Items::kBins; ++bin)
-      if (sums.unfit >> bin & 1)
-        sum_products<double>(
-            affine[bin].mean,
-            [&](const auto& f) {
-              Item item = items.at(0);
-#pragma unroll 1
-              for (int k = 0; k < items.iterations(); ++k, items.advance(item)) {
-                if (!items.valid(item)) continue;
-                const int64_t offset = items.offset(item);
-                const Pack<T, V> x_pack = x(k, offset), dy_pack = dy(k, offset);
-#pragma unroll
-                for (int v = bin; v < V; v += Items::kBins)
-                  if (passes(call, items, item, v, affine[bin], x_pack.get(v)))
-                    f(x_pack.get(v), dy_pack.get(v));
-              }
-            },
-            sums.bins[bin]);
-  }
-}
-
-// Stores dx and the residual's gradient of a tile. With frozen statistics dx does not depend on x,
-// not even where x is inf or nan.
-template <class T, int V, int kItems, class Items>
-__device__ inline void store_tile(const BackwardCall& call, const Items& items,
-                                  const InputGrad<compute_t<T>> (&grad)[Items::kBins],
-                                  const GradTile<T, V, kItems>& tile) {
-  using C = compute_t<T>;
-  const BackwardArgs& args = call.args;
-#pragma unroll
-  for (int i = 0; i < tile.kItems; ++i)
-    if (tile.valid[i]) {
-      const int64_t offset = items.offset(tile.at[i]);
-      if (args.grad_input) {
-        Pack<T, V> dx;
+      for (int i = 0; i < kLoads; ++i) {
+        C x[V], dy[V];
+        x_item[i].unpack(x);
+        gate.pass(x_item[i], x, more[i], dy_item[i], dy);
+        if constexpr (Source::kShared && gate.kIsExact)
+          store(source.slot(k + j + i, 1), dy_item[i]);
+        if constexpr (kFrozen) out.store(frozen_grad, items, k + j + i, at[i], x, dy, dy_item[i]);
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          const InputGrad<C>& g = grad[v % Items::kBins];
-          const C dy = tile.dy[i].get(v);
-          dx.set(v, is_frozen(args) ? g.a * dy : apply(g, dy, tile.x[i].get(v)));
+          if (!items.has(k + j + i, v)) x[v] = gate.mean(v), dy[v] = 0;
+          const C xmu = x[v] - gate.mean(v);
+          a[v] = j + i == 0 ? dy[v] : a[v] + dy[v];
+          b[v] = j + i == 0 ? dy[v] * xmu : fma(dy[v], xmu, b[v]);
         }
-        store_streaming(reinterpret_cast<Pack<T, V>*>(static_cast<T*>(args.grad_input) + offset),
-                        dx);
       }
-      if (args.grad_residual)
-        store_streaming(reinterpret_cast<Pack<T, V>*>(static_cast<T*>(args.grad_residual) + offset),
-                        tile.dy[i]);
     }
+    sums.template add<V>(a, b);
+  });
+  const double least = items.count(0, 0) * 0x1p-100;  // about
+  settle<GradSums>(
+      sums, call.plan, shared, channels, shared.results,
+      [&] {
+        sum_again<V>(items, sums, [&](int k, int v, double& a, double& b) {
+          if (!items.has(k, v)) return;
+          const Prepared<C>& p = prepared[items.channel(v)];
+          const unsigned at = items(k);
+          const C x = source.element(k, 0, at, v);
+          C dy = source.element(k, 1, at, v);
+          if constexpr (!(Source::kShared && gate.kIsExact))
+            dy = gate.pass_one(k, at, v, {p.mean, p.scale, p.shift}, x, dy);
+          const double xmu = static_cast<double>(x) - static_cast<double>(p.mean);
+          a += static_cast<double>(dy);
+          b = fma(static_cast<double>(dy), xmu, b);
+        });
+      },
+      [&](int, const Pair& s, bool, bool& fits) -> GradSums {
+        const bool finite = s.a - s.a == 0 && s.b - s.b == 0;
+        fits = sizeof(C) == sizeof(double) || (finite && (s.b == 0 || fabs(s.b) >= least));
+        return {s.a, s.b};
+      });
 }
 
-// A thread's own copy of its bins' coefficients.
-template <class C, int kBins>
-struct BinCoefficients {
-  Affine<C> affine[kBins];
-  InputGrad<C> grad[kBins];
-
-  template <class Items>
-  __device__ BinCoefficients(const Items& items, const Problem& problem, int64_t channel0,
-                             const BackwardCoefficients<C>* coefficients) {
-#pragma unroll
-    for (int bin = 0; bin < kBins; ++bin)
-      if (items.channel(bin) < problem.c) {
-        const BackwardCoefficients<C>& of_channel = coefficients[items.channel(bin) - channel0];
-        affine[bin] = of_channel.affine;
-        grad[bin] = of_channel.grad;
-        grad[bin].mean = affine[bin].mean;  // equal already; now they share a register
-      }
-  }
-};
-
-// Adds items [first, last) of a thread to the sums of its bins. With kWritesFrozen and frozen
-// statistics it also writes their dx.
-template <class T, int V, bool kWritesFrozen, class Items, class Source>
-__device__ inline void add_items(const BackwardCall& call, const Items& items,
-                                 const BinCoefficients<compute_t<T>, Items::kBins>& bins, int first,
-                                 int last, const Source& x, const Source& dy,
-                                 ThreadGradSums<Items::kBins>& sums) {
-  constexpr int kItems = kTileItems<Source>;
-  Item item = items.at(first);
-#pragma unroll 1
-  for (int k = first; k < last; k += kItems) {
-    GradTile<T, V, kItems> tile;
-    load_tile(call, items, bins.affine, x, dy, true, item, k, first, last, 1, tile);
-    add_tile(sums, tile, bins.affine);
-    if constexpr (kWritesFrozen)
-      if (is_frozen(call.args)) store_tile(call, items, bins.grad, tile);
-  }
-}
-
-// dx of a thread's items, last items first: what a reduction read last is still in the caches.
-template <class T, int V, class Items, class Source>
+// dx of a thread's items.
+template <class T, int V, Gate kGate, bool kFrozen, class Items, class Source>
 __device__ inline void apply_backward(const BackwardCall& call, const Items& items,
-                                      const BinCoefficients<compute_t<T>, Items::kBins>& bins,
-                                      const Source& x, const Source& dy) {
-  if (!call.args.grad_input && !call.args.grad_residual) return;
-  const bool recomputes = call.problem.act != Act::kNone && !call.args.mask;
-  const bool reads_x = recomputes || !is_frozen(call.args);
-  const int count = items.iterations();
-  Item item = items.at(count - 1);
-#pragma unroll 1
-  for (int k = count - 1; k >= 0; k -= kTileItems<Source>) {
-    GradTile<T, V, kTileItems<Source>> tile;
-    load_tile(call, items, bins.affine, x, dy, reads_x, item, k, 0, count, -1, tile);
-    store_tile(call, items, bins.grad, tile);
-  }
+                                      const SharedLayout& shared, const Source& source) {
+  using C = compute_t<T>;
+  // A slab keeps dy as the reduction has left it.
+  constexpr bool kDone = Source::kShared && GateOf<kGate, T, V, Items>::kIsExact;
+  if (!items.owns()) return;
+  using GateHere = GateOf<kDone ? Gate::kNone : kGate, T, V, Items>;
+  const GateHere gate(call, items, static_cast<const Prepared<C>*>(shared.prepared));
+  const InputGradOf<C, kFrozen, Items> grad(items, shared);
+  const GradientsOut<T, V, kGate> out(call, items);
+  for_items<kGate == Gate::kAny ? 1 : 2>(items, [&](int k, auto count, auto checked) {
+    Item<T, V> x_item[count], dy_item[count];
+    typename GateHere::More more[count];
+    unsigned at[count];
+    if (checked && !items.valid(k)) return;
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      at[i] = items(k + i);
+      more[i] = gate.more(k + i, at[i]);
+      if constexpr (!kFrozen || GateHere::kReadsX) x_item[i] = source(k + i, 0, at[i]);
+      dy_item[i] = source(k + i, 1, at[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      C x[V], dy[V];
+      if constexpr (!kFrozen || GateHere::kReadsX) x_item[i].unpack(x);
+      gate.pass(x_item[i], x, more[i], dy_item[i], dy);
+      out.store(grad, items, k + i, at[i], x, dy, dy_item[i]);
+    }
+  });
 }
 
-template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
+template <class T, int V, class Items>
+__device__ inline Global<T, V, 2> operands_of(const BackwardCall& call, const Items& items) {
+  return {{items_in<T, V>(call.args.input, items), items_in<T, V>(call.args.grad_out, items)}};
+}
+
+template <class T, int V, IndexMap kMap, Ends kEnds, Gate kGate>
+__global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_resident_backward_kernel(const __grid_constant__ BackwardCall call) {
-  using C = compute_t<T>;
-  using Items = typename ItemsOf<kMap, V>::type;
   const CudaPlan& plan = call.plan;
-  const int64_t slab_items = plan.items_per_thread * plan.threads;
-  const SharedLayout shared = shared_layout(plan, 2 * slab_items * sizeof(Pack<T, V>));
-  Pack<T, V>* const x_slab = reinterpret_cast<Pack<T, V>*>(shared.slabs);
-  Pack<T, V>* const dy_slab = x_slab + slab_items;
-  auto* const coefficients = static_cast<BackwardCoefficients<C>*>(shared.coefficients);
+  const SharedLayout shared = shared_layout(plan);
+  const Slab<T, V, 2> slab(shared.slabs, plan);
   const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
   // All blocks take equally many turns: one without a group still has to meet the others.
   for (int64_t turn = 0; turn * plan.teams < plan.groups; ++turn) {
     const int64_t group = turn * plan.teams + team, channel0 = group * plan.group;
     const int channels = channels_of(call.problem, plan, group);
-    const Items items(call.problem, plan, group, rank);
-    const SharedSource<T, V> x{x_slab}, dy{dy_slab};
-    set_coefficients(call, channel0, channels, coefficients);
-    ThreadGradSums<Items::kBins> sums;
-    {
-      const BinCoefficients<C, Items::kBins> bins(items, call.problem, channel0, coefficients);
-      load_and_reduce<T, V, 2>(
-          items,
-          {static_cast<const T*>(call.args.input), static_cast<const T*>(call.args.grad_out)},
-          {x_slab, dy_slab}, [&](int first, int last) {
-            add_items<T, V, false>(call, items, bins, first, last, x, dy, sums);
-          });
-      settle<T, V>(call, items, bins.affine, x, dy, sums);
-    }
-    join_threads<GradSums>(sums, items, plan, shared);
-    exchange<GradSums>(plan, shared, call.workspace, channels, team, rank, turn,
-                       [&](int channel, const GradSums& all) {
-                         coefficients[channel].grad =
-                             finish_backward<C>(call, channel0 + channel, all, rank == 0);
-                       });
-    const BinCoefficients<C, Items::kBins> bins(items, call.problem, channel0, coefficients);
-    apply_backward<T, V>(call, items, bins, x, dy);
-    sync_block();  // before the coefficients of the next turn
+    const Items<kMap, V, kEnds> items(call.problem, plan, group, rank);
+    copy_items(items, operands_of<T, V>(call, items), slab);
+    if (turn > 0) sync_block();  // the last one's records have been read
+    prepare<T, kGate>(call, shared, channel0, channels);
+    reduce_backward<T, V, kGate, false>(
+        call, items, channels, shared, slab,
+        [&](auto& sums, const auto& add) { sum_as_they_land(items, sums, add); });
+    exchange<GradSums, compute_t<T>>(plan, shared, call.workspace, channels, team, rank, add_sums,
+                                     [&](int i, const Pair& sums, const GradSums&) {
+                                       return finish_backward<compute_t<T>>(call, shared, i, sums);
+                                     });
+    apply_backward<T, V, kGate, false>(call, items, shared, slab);
+    write_param_grads(call, shared, channel0, channels, rank);
+    wait_for_team(plan);
   }
 }
 
-template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
+template <class T, int V, IndexMap kMap, Ends kEnds, Gate kGate, bool kFrozen>
+__global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_reduce_backward_kernel(const __grid_constant__ BackwardCall call) {
-  using C = compute_t<T>;
-  using Items = typename ItemsOf<kMap, V>::type;
   const CudaPlan& plan = call.plan;
-  const SharedLayout shared = shared_layout(plan, 0);
-  auto* const coefficients = static_cast<BackwardCoefficients<C>*>(shared.coefficients);
+  const SharedLayout shared = shared_layout(plan);
   const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
-  const int64_t group = call.first_group + team, channel0 = group * plan.group;
+  const int64_t group = call.first_group + team;
   const int channels = channels_of(call.problem, plan, group);
-  const Items items(call.problem, plan, group, rank);
-  set_coefficients(call, channel0, channels, coefficients);
-  const BinCoefficients<C, Items::kBins> bins(items, call.problem, channel0, coefficients);
-  ThreadGradSums<Items::kBins> sums;
-  const GlobalSource<T, V> x{static_cast<const T*>(call.args.input)};
-  const GlobalSource<T, V> dy{static_cast<const T*>(call.args.grad_out)};
-  add_items<T, V, true>(call, items, bins, 0, items.iterations(), x, dy, sums);
-  settle<T, V>(call, items, bins.affine, x, dy, sums);
-  join_threads<GradSums>(sums, items, plan, shared);
+  const Items<kMap, V, kEnds> items(call.problem, plan, group, rank);
+  prepare<T, kGate>(call, shared, group * plan.group, channels);
+  reduce_backward<T, V, kGate, kFrozen>(
+      call, items, channels, shared, operands_of<T, V>(call, items),
+      [&](auto& sums, const auto& add) { sum_items(items, 0, items.total(), sums, add); });
   publish<GradSums>(plan, shared, channels,
                     workspace_of<GradSums>(call.workspace, plan, team, rank));
 }
 
-template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
+template <class T, int V, IndexMap kMap, Ends kEnds, Gate kGate, bool kFrozen>
+__global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_apply_backward_kernel(const __grid_constant__ BackwardCall call) {
   using C = compute_t<T>;
-  using Items = typename ItemsOf<kMap, V>::type;
   const CudaPlan& plan = call.plan;
-  const SharedLayout shared = shared_layout(plan, 0);
-  auto* const coefficients = static_cast<BackwardCoefficients<C>*>(shared.coefficients);
+  const SharedLayout shared = shared_layout(plan);
   const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
   const int64_t group = call.first_group + team, channel0 = group * plan.group;
   const int channels = channels_of(call.problem, plan, group);
-  set_coefficients(call, channel0, channels, coefficients);
-  if (!is_frozen(call.args)) {
-    join_published<GradSums>(
-        plan, call.workspace, team, channels, [&](int channel, const GradSums& all) {
-          coefficients[channel].grad = finish_backward<C>(call, channel0 + channel, all, rank == 0);
-        });
+  prepare<T, kGate>(call, shared, channel0, channels);
+  if constexpr (!kFrozen) {
+    join_published<GradSums>(plan, call.workspace, team, channels, add_sums,
+                             [&](int i, const Pair& sums, const GradSums&) {
+                               shared.quads<C>()[i] = finish_backward<C>(call, shared, i, sums);
+                             });
     sync_block();
   }
-  const Items items(call.problem, plan, group, rank);
-  const BinCoefficients<C, Items::kBins> bins(items, call.problem, channel0, coefficients);
-  apply_backward<T, V>(call, items, bins,
-                       GlobalSource<T, V>{static_cast<const T*>(call.args.input)},
-                       GlobalSource<T, V>{static_cast<const T*>(call.args.grad_out)});
+  const Items<kMap, V, kEnds> items(call.problem, plan, group, rank);
+  apply_backward<T, V, kGate, kFrozen>(call, items, shared, operands_of<T, V>(call, items));
+  if constexpr (!kFrozen) write_param_grads(call, shared, channel0, channels, rank);
 }
 
 // The parameters' gradients from the sums of a reduction; a block per group.
@@ -386,12 +339,16 @@ template <class T>
 __global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_finish_backward_kernel(const __grid_constant__ BackwardCall call) {
   const CudaPlan& plan = call.plan;
-  const int64_t group = call.first_group + blockIdx.x;
-  join_published<GradSums>(plan, call.workspace, blockIdx.x, channels_of(call.problem, plan, group),
-                           [&](int channel, const GradSums& all) {
-                             finish_backward<compute_t<T>>(call, group * plan.group + channel, all,
-                                                           true);
+  const SharedLayout shared = shared_layout(plan);
+  const int64_t group = call.first_group + blockIdx.x, channel0 = group * plan.group;
+  const int channels = channels_of(call.problem, plan, group);
+  prepare<T, Gate::kNone>(call, shared, channel0, channels);
+  join_published<GradSums>(plan, call.workspace, blockIdx.x, channels, add_sums,
+                           [&](int i, const Pair& sums, const GradSums&) {
+                             finish_backward<compute_t<T>>(call, shared, i, sums);
                            });
+  sync_block();
+  write_param_grads(call, shared, channel0, channels, 0);
 }
 
 }  // namespace bnext

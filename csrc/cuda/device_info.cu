@@ -40,6 +40,11 @@ cudaError_t query_current_device(int device, CudaInfo& info) {
   info.l2_bytes = ask(cudaDevAttrL2CacheSize);
   info.max_cluster_blocks = 1;
   if (!ask(cudaDevAttrClusterLaunch) || error != cudaSuccess) return error;
+  // The driver may have compiled PTX of a GPU without clusters: what kernels were compiled for
+  // counts.
+  cudaFuncAttributes attributes;
+  error = cudaFuncGetAttributes(&attributes, empty_kernel);
+  if (error != cudaSuccess || attributes.ptxVersion < 90) return error;
   error = cudaFuncSetAttribute(empty_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                static_cast<int>(info.shared_bytes_per_block));
   if (error == cudaSuccess)
@@ -61,8 +66,20 @@ int query_cuda_info(int device, CudaInfo& info) {
   return error != cudaSuccess ? error : restored;
 }
 
+#define BNEXT_STRING(number) #number
+#define BNEXT_STRING_OF(macro) BNEXT_STRING(macro)
+
 const char* cuda_error_string(int error) {
+  if (error == cudaErrorInsufficientDriver)
+    return "the driver is older than the CUDA that bnext was built with (CUDART_VERSION "
+           BNEXT_STRING_OF(CUDART_VERSION) "; CUDA 13 needs driver 580 or newer), whatever CUDA "
+           "torch has";
   return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
+bool is_refused_launch(int error) {
+  return error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorInvalidClusterSize ||
+         error == cudaErrorLaunchOutOfResources;
 }
 
 }  // namespace bnext

@@ -1,5 +1,5 @@
-// Elements and per-channel values on the device: compute types, accesses of several elements,
-// parameters of a run-time dtype, bits of a ReLU mask.
+// Elements and per-channel values on the device: compute types, items of several elements,
+// parameters of a run-time dtype, bits of an activation's mask.
 #pragma once
 
 #include <type_traits>
@@ -44,40 +44,74 @@ __device__ inline T from_compute(C x) {
   }
 }
 
-// The elements of one access. 2-byte elements stay in pairs, which take half the registers.
-template <class T, int V>
-struct alignas(sizeof(T) * V) Pack {
-  static_assert(kMaskBits % V == 0, "a byte of a mask holds the bits of whole packs");
-  static constexpr bool kPairs = sizeof(T) == 2 && V > 1;
-  using Unit = std::conditional_t<kPairs, unsigned, T>;
-  Unit units[kPairs ? V / 2 : V];
+__device__ inline double relu(double z) {
+  return z <= 0 ? 0 : z;
+}
 
-  __device__ compute_t<T> get(int v) const {
-    if constexpr (kPairs) {
-      const unsigned short bits = static_cast<unsigned short>(units[v / 2] >> (16 * (v % 2)));
-      return to_compute(reinterpret_cast<const T&>(bits));
-    } else {
-      return to_compute(units[v]);
+// The elements of one access. 2-byte elements stay in pairs.
+template <class T, int V>
+struct alignas(sizeof(T) * V) Item {
+  static_assert(V <= kMaskBits && kMaskBits % V == 0, "a byte of a mask holds whole items' bits");
+  using C = compute_t<T>;
+  static constexpr bool kPairs = sizeof(T) == 2 && V > 1;
+  static constexpr int kUnits = kPairs ? V / 2 : V;
+  using Unit = std::conditional_t<kPairs, unsigned, T>;
+  Unit units[kUnits];
+
+  __device__ void unpack(C (&x)[V]) const {
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      if constexpr (kPairs)
+        bnext::unpack(units[i], T{}, x[2 * i], x[2 * i + 1]);
+      else
+        x[i] = to_compute(units[i]);
     }
   }
-  __device__ void set(int v, compute_t<T> value) {
-    const T element = from_compute<T>(value);
-    if constexpr (kPairs) {
-      const unsigned bits = reinterpret_cast<const unsigned short&>(element);
-      units[v / 2] = v % 2 ? units[v / 2] | bits << 16 : bits;  // in ascending order of v
-    } else {
-      units[v] = element;
+  // kRelu: of what a ReLU makes of the values.
+  template <bool kRelu = false>
+  __device__ static Item pack(const C (&y)[V]) {
+    Item item;
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      if constexpr (kPairs)
+        item.units[i] = bnext::pack<kRelu>(y[2 * i], y[2 * i + 1], T{});
+      else
+        item.units[i] = from_compute<T>(kRelu ? relu(y[i]) : y[i]);
     }
+    return item;
   }
-  // Sets element v to zero unless it passes.
-  __device__ void keep(int v, bool passes) {
-    if constexpr (kPairs) {
-      if (!passes) units[v / 2] &= v % 2 ? 0xffffu : 0xffff0000u;
-    } else if (!passes) {
-      units[v] = from_compute<T>(compute_t<T>(0));
+  // Which elements are not zero, of an item without negative ones: bit v for element v.
+  __device__ unsigned nonzero() const {
+    unsigned bits = 0;
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      if constexpr (kPairs)
+        bits |= nonzero_halves(units[i]) & (1u << (2 * i) | 1u << (2 * i + 17));
+      else
+        bits |= static_cast<unsigned>(to_compute(units[i]) != 0) << i;
+    }
+    return kPairs ? (bits | bits >> 16) : bits;
+  }
+  // Elements whose bits are not set become zero.
+  __device__ void keep(unsigned bits) {
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      if constexpr (kPairs)
+        // The signs of a product's four bytes are four of the bits.
+        units[i] &= halves_of_signs((bits >> i / 2 * 4 & 15) * 0x10204080u, i % 2 * 2);
+      else
+        units[i] = bits >> i & 1 ? units[i] : from_compute<T>(C(0));
     }
   }
 };
+
+// Stores those elements of an item whose bits are set.
+template <class T, int V>
+__device__ inline void store_some(T* to, const Item<T, V>& item, unsigned bits) {
+#pragma unroll
+  for (int v = 0; v < V; ++v)
+    if (bits >> v & 1) store(to + v, reinterpret_cast<const T*>(&item)[v]);
+}
 
 __device__ inline double read(ParamIn p, int64_t c, double absent) {
   if (!p) return absent;
@@ -93,7 +127,7 @@ __device__ inline void write(ParamOut p, int64_t c, double value) {
   });
 }
 
-// Threads whose items share a byte of the mask are adjacent (see RowItems, ColumnItems).
+// Threads whose items share a byte of the mask lie side by side (see items.cuh).
 template <int V>
 inline constexpr int kThreadsPerMaskByte = kMaskBits / V;
 
@@ -101,15 +135,11 @@ inline constexpr int kThreadsPerMaskByte = kMaskBits / V;
 template <int V>
 __device__ inline unsigned join_mask_bits(unsigned bits) {
   constexpr int kThreads = kThreadsPerMaskByte<V>;
+  if constexpr (kThreads == 1) return bits;
   bits <<= V * (threadIdx.x % kThreads);
+#pragma unroll
   for (int d = 1; d < kThreads; d *= 2) bits |= shuffle_xor(bits, d);
   return bits;
-}
-
-// This thread's V bits of a byte.
-template <int V>
-__device__ inline unsigned own_mask_bits(unsigned byte) {
-  return byte >> (V * (threadIdx.x % kThreadsPerMaskByte<V>));
 }
 
 }  // namespace bnext

@@ -1,152 +1,261 @@
-// Joins partial results of the threads of a block, then of the blocks of a team, always in the same
-// order, so results are the same bit for bit. P is Moments<double> or GradSums.
+// How partial results meet: threads of a block, then blocks of a team, always in the same order, so
+// that results are the same bit for bit. All of it is one reduction, join_entries().
 #pragma once
 
-#include "items.cuh"
-#include "statistics.cuh"
+#include "../formulas.h"
+#include "slab.cuh"
 
 namespace bnext {
 
-static_assert(sizeof(Moments<double>) <= kPartialBytes && sizeof(GradSums) <= kPartialBytes);
+// What a block tells of a channel's values.
+struct Moments {
+  double count, pilot, delta, m2;  // of them; a value; their mean less that; squares about the mean
+};
+static_assert(sizeof(Moments) <= kPartialBytes && sizeof(GradSums) <= kPartialBytes);
+
+struct Pair {
+  double a = 0, b = 0;
+};
+
+// What becomes of a channel's sums: coefficients.
+template <class C>
+struct alignas(4 * sizeof(C)) Quad {
+  C x, y, z, w;
+};
+static_assert(sizeof(Quad<double>) <= kResultBytes);
 
 // The dynamic shared memory of a block, as CudaPlan::shared_bytes counts it.
 struct SharedLayout {
-  unsigned char* slabs;  // resident: [operands][items_per_thread][threads] accesses
-  void* scratch;         // [kJoinBins] partial results
-  void* partials;        // [group_bins] partial results of this block
-  void* coefficients;    // [group]
+  unsigned char* slabs;  // resident: [warps][items_per_thread][operands][32] items
+  double* scratch;       // [warps][columns of a warp][bins of a column][2]
+  void* partials;        // [group] of this block
+  double* records;       // [group][4]: what is kept of a channel besides coefficients
+  void* results;         // [group] of Quad
+  void* prepared;        // [group], backward: coefficients that need no sums
+
+  template <class C>
+  __device__ Quad<C>* quads() const {
+    return static_cast<Quad<C>*>(results);
+  }
 };
 
-__device__ inline SharedLayout shared_layout(const CudaPlan& plan, int64_t slab_bytes) {
-  const auto aligned = [](int64_t bytes) { return (bytes + 15) / 16 * 16; };
+__device__ inline SharedLayout shared_layout(const CudaPlan& plan) {
   unsigned char* const base = shared_memory();
-  unsigned char* const scratch = base + aligned(slab_bytes);
-  unsigned char* const partials = scratch + aligned(kJoinBins * kPartialBytes);
-  return {base, scratch, partials, partials + aligned(plan.group_bins() * kPartialBytes)};
+  unsigned char* const scratch = base + plan.slab_bytes;
+  unsigned char* const partials = scratch + plan.scratch_bytes();
+  unsigned char* const records = partials + plan.group * kPartialBytes;
+  unsigned char* const results = records + plan.group * kRecordBytes;
+  return {base,    reinterpret_cast<double*>(scratch), partials, reinterpret_cast<double*>(records),
+          results, results + plan.group * kResultBytes};
 }
 
-// Joins the partial results of a block's threads and leaves them in partials[bin of the group].
-// In each round as many threads of a bin give their sums away as the scratch memory holds.
-template <class P, class Sums, class Items>
-__device__ inline void join_threads(const Sums& thread_sums, const Items& items,
-                                    const CudaPlan& plan, const SharedLayout& shared) {
-  constexpr int kBins = Items::kBins;
-  P sums[kBins];
-#pragma unroll
-  for (int v = 0; v < kBins; ++v) sums[v] = thread_sums.of(v);
-  if constexpr (Items::kWholeWarps)
-    for (int d = kWarpThreads / 2; d > 0; d /= 2) sums[0] = join(sums[0], shuffled(sums[0], d));
-  P* const scratch = static_cast<P*>(shared.scratch);
-  P* const partials = static_cast<P*>(shared.partials);
-  const int row_bins = items.joining_bins(), bin = items.first_bin();
-  const int place = items.joining_place(), scratch_rows = static_cast<int>(kJoinBins) / row_bins;
-  for (int live = items.joining_threads(); live > 1;) {
-    const int giving = live / 2 < scratch_rows ? live / 2 : scratch_rows, first = live - giving;
-    if (items.joins() && place >= first && place < live)
-      for (int v = 0; v < kBins; ++v) scratch[(place - first) * row_bins + bin + v] = sums[v];
-    sync_block();
-    if (items.joins() && place < giving)
-      for (int v = 0; v < kBins; ++v) sums[v] = join(sums[v], scratch[place * row_bins + bin + v]);
-    sync_block();
-    live = first;
-  }
-  if (items.joins() && place == 0)
-    for (int v = 0; v < kBins; ++v)
-      if (bin + v < plan.group_bins()) partials[bin + v] = sums[v];
-  sync_block();
-}
-
-// Calls finish(channel of the group, sum) for each channel, on one thread, with the join of
-// get(channel, entry) over all entries.
-template <class P, class Get, class Finish>
-__device__ inline void join_entries(const CudaPlan& plan, int channels, int64_t entries,
-                                    const Get& get, const Finish& finish) {
+// Calls finish(channel, sums) for each channel, on one thread, with the sums of what
+// add(sums, channel, entry) adds for each entry.
+template <class Add, class Finish>
+__device__ inline void join_entries(const CudaPlan& plan, int channels, int entries, const Add& add,
+                                    const Finish& finish) {
   int width = 1;  // threads of a channel
   while (width < entries && width < kWarpThreads) width *= 2;
+#pragma unroll 1
   for (int base = 0; base < channels * width; base += plan.threads) {
-    const int channel = (base + static_cast<int>(threadIdx.x)) / width;
-    const int first = static_cast<int>(threadIdx.x) % width;
-    P sum{};
+    const int channel = (base + static_cast<int>(threadIdx.x)) >> log2_of(width);
+    const int first = static_cast<int>(threadIdx.x) & (width - 1);
+    Pair sums;
     if (channel < channels)
-      for (int e = first; e < entries; e += width) sum = join(sum, get(channel, e));
-    for (int d = width / 2; d > 0; d /= 2) sum = join(sum, shuffled(sum, d));
-    if (channel < channels && first == 0) finish(channel, sum);
+#pragma unroll 2
+      for (int e = first; e < entries; e += width) add(sums, channel, e);
+#pragma unroll 1
+    for (int d = width / 2; d > 0; d /= 2) {
+      sums.a += shuffle_xor(sums.a, d);
+      sums.b += shuffle_xor(sums.b, d);
+    }
+    if (channel < channels && first == 0) finish(channel, sums);
   }
 }
 
-// join_entries over this block's bins of each channel.
-template <class P, class Finish>
-__device__ inline void join_bins(const CudaPlan& plan, const SharedLayout& shared, int channels,
-                                 const Finish& finish) {
-  const P* const partials = static_cast<const P*>(shared.partials);
-  const int bins = static_cast<int>(plan.bins_per_channel);
-  join_entries<P>(
-      plan, channels, bins, [&](int channel, int bin) { return partials[channel * bins + bin]; },
+// Rounds in which threads of a warp with the same column halve what each holds of their sums, and
+// then store what they kept. `at`: where it goes.
+template <int kValues>
+__device__ inline void halve(const double (&values)[kValues], int d, int columns, double* at) {
+  if constexpr (kValues > 1) {
+    if (d >= columns) {
+      const bool upper = threadIdx.x & d;
+      double half[kValues / 2];
+#pragma unroll
+      for (int i = 0; i < kValues / 2; ++i) {
+        const double gives = upper ? values[i] : values[i + kValues / 2];
+        half[i] = (upper ? values[i + kValues / 2] : values[i]) + shuffle_xor(gives, d);
+      }
+      halve(half, d / 2, columns, at + (upper ? kValues / 2 : 0));
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) at[i] = values[i];
+  } else {
+    double value = values[0];
+    const bool stores = (threadIdx.x & (2 * d - 1) & ~(columns - 1)) == 0;
+#pragma unroll 1
+    for (; d >= columns; d /= 2) value += shuffle_xor(value, d);
+    if (stores) at[0] = value;
+  }
+}
+
+// Joins the sums of a block's threads and calls finish(channel of the group, sums) for each
+// channel.
+template <class C, int kBins, class Finish>
+__device__ inline void join_threads(const Sums<C, kBins>& sums, const CudaPlan& plan,
+                                    const SharedLayout& shared, int channels,
+                                    const Finish& finish) {
+  const int columns = kWarpThreads / plan.warp_rows, warps = plan.threads / kWarpThreads;
+  const int warp = threadIdx.x / kWarpThreads, column = threadIdx.x & (columns - 1);
+  double values[2 * kBins];
+#pragma unroll
+  for (int v = 0; v < kBins; ++v) {
+    values[2 * v] = sums.total_a[v];  // of a thread that owns nothing, zeros
+    values[2 * v + 1] = sums.total_b[v];
+  }
+  const int warp_values = columns * 2 * kBins, log_values = log2_of(warp_values);
+  halve(values, kWarpThreads / 2, columns,
+        shared.scratch + warp * warp_values + column * 2 * kBins);
+  sync_block();
+  // An entry is a bin of a warp; those of a set of columns are every warp_sets-th.
+  const int bins = static_cast<int>(plan.bins_per_channel), sets = plan.warp_sets;
+  join_entries(
+      plan, channels, bins * (warps / sets),
+      [&](Pair& to, int channel, int entry) {
+        int bin = channel, warp_of_set = entry;
+        if (bins > 1) {
+          const int of_channel = entry % bins;
+          bin = plan.interleaved ? of_channel * channels + channel : channel * bins + of_channel;
+          warp_of_set = entry / bins;
+        }
+        const int set = bin * 2 >> log_values, place = bin * 2 & (warp_values - 1);
+        const double* const from =
+            shared.scratch + ((warp_of_set * sets + set) << log_values) + place;
+        to.a += from[0];
+        to.b += from[1];
+      },
       finish);
 }
 
-// This block's partial results by channel, in shared memory, for other blocks. Call it after
-// join_threads. Ends with a barrier if it joined bins.
-template <class P>
-__device__ inline P* partials_of_channels(const CudaPlan& plan, const SharedLayout& shared,
-                                          int channels) {
-  if (plan.bins_per_channel == 1) return static_cast<P*>(shared.partials);
-  P* const joined = static_cast<P*>(shared.scratch);
-  join_bins<P>(plan, shared, channels, [&](int channel, const P& sum) { joined[channel] = sum; });
+// Joins the sums of a block's threads to partials of its channels, by partial(channel, sums, again,
+// fits): `fits` becomes false where floats were no good, and then all is summed once more by
+// sum_again(), and those channels take that. `unfit`: [group]. Ends with a barrier.
+template <class P, class Sums, class SumAgain, class Partial>
+__device__ inline void settle(const Sums& sums, const CudaPlan& plan, const SharedLayout& shared,
+                              int channels, void* unfit, const SumAgain& sum_again,
+                              const Partial& partial) {
+  P* const partials = static_cast<P*>(shared.partials);
+  bool* const is_unfit = static_cast<bool*>(unfit);
+  bool any = false;
+  join_threads(sums, plan, shared, channels, [&](int channel, const Pair& sum) {
+    bool fits = true;
+    const P found = partial(channel, sum, false, fits);
+    partials[channel] = found;
+    is_unfit[channel] = !fits;
+    any = any || !fits;
+  });
+  if (!any_of_block(any)) return;
+  sum_again();
+  join_threads(sums, plan, shared, channels, [&](int channel, const Pair& sum) {
+    bool fits = true;
+    if (!is_unfit[channel]) return;
+    const P found = partial(channel, sum, true, fits);
+    partials[channel] = found;
+  });
   sync_block();
-  return joined;
 }
 
-// A block's partial results in the workspace.
+// Where the partial results of a block of a team lie in the workspace, and the results of a team.
 template <class P>
 __device__ inline P* workspace_of(void* workspace, const CudaPlan& plan, int64_t team,
                                   int64_t rank) {
   return reinterpret_cast<P*>(static_cast<unsigned char*>(workspace) +
                               (team * plan.team_blocks + rank) * plan.group * kPartialBytes);
 }
+template <class R>
+__device__ inline R* results_of(void* workspace, const CudaPlan& plan, int64_t team) {
+  return reinterpret_cast<R*>(static_cast<unsigned char*>(workspace) +
+                              plan.teams * plan.team_blocks * plan.group * kPartialBytes +
+                              team * plan.group * kResultBytes);
+}
 
 // Copies this block's partial results to global memory.
 template <class P>
 __device__ inline void publish(const CudaPlan& plan, const SharedLayout& shared, int channels,
                                P* to) {
-  const P* const partials = partials_of_channels<P>(plan, shared, channels);
+  const P* const partials = static_cast<const P*>(shared.partials);
   for (int i = static_cast<int>(threadIdx.x); i < channels; i += plan.threads) to[i] = partials[i];
 }
 
-// Joins what all blocks of a team published.
-template <class P, class Finish>
+// Joins what all blocks of a team published: add(sums, partial, the first block's partial).
+template <class P, class Add, class Finish>
 __device__ inline void join_published(const CudaPlan& plan, void* workspace, int64_t team,
-                                      int channels, const Finish& finish) {
-  join_entries<P>(
-      plan, channels, plan.team_blocks,
-      [&](int channel, int rank) { return workspace_of<P>(workspace, plan, team, rank)[channel]; },
-      finish);
+                                      int channels, const Add& add, const Finish& finish) {
+  join_entries(
+      plan, channels, static_cast<int>(plan.team_blocks),
+      [&](Pair& sums, int channel, int rank) {
+        add(sums, workspace_of<P>(workspace, plan, team, rank)[channel],
+            workspace_of<P>(workspace, plan, team, 0)[channel]);
+      },
+      [&](int channel, const Pair& sums) {
+        finish(channel, sums, workspace_of<P>(workspace, plan, team, 0)[channel]);
+      });
 }
 
-// Shows this block's partial results to its team and joins the team's for finish(). `turn` counts
-// the exchanges of this launch. Ends with a barrier.
-template <class P, class Finish>
+// Whether a block of a team finishes a channel for others, or for all.
+__device__ inline bool finishes(const CudaPlan& plan, int64_t rank, int channel) {
+  return plan.team == Team::kGrid ? channel % plan.team_blocks == rank : rank == 0;
+}
+
+// Joins the partial results of a team's blocks, and leaves finish(channel, sums, the first block's
+// partial) in quads() of each. Ends with a barrier of the block, in a cluster with an arrival at
+// the cluster's: wait_for_team() comes before this block leaves or writes its partials again.
+template <class P, class C, class Add, class Finish>
 __device__ inline void exchange(const CudaPlan& plan, const SharedLayout& shared, void* workspace,
-                                int channels, int64_t team, int64_t rank, int64_t turn,
+                                int channels, int64_t team, int64_t rank, const Add& add,
                                 const Finish& finish) {
+  Quad<C>* const results = shared.quads<C>();
+  P* const own = static_cast<P*>(shared.partials);
+  const int blocks = static_cast<int>(plan.team_blocks);
   if (plan.team == Team::kGrid) {
-    // All blocks meet in every turn, so none still reads what this one wrote two turns ago.
-    const int64_t slot = turn % 2 * plan.teams + team;
-    publish<P>(plan, shared, channels, workspace_of<P>(workspace, plan, slot, rank));
+    // The blocks share out the channels, and read what the others made of theirs.
+    publish<P>(plan, shared, channels, workspace_of<P>(workspace, plan, team, rank));
     sync_grid();
-    join_published<P>(plan, workspace, slot, channels, finish);
-    sync_block();
-  } else if (plan.team == Team::kCluster) {
-    P* const own = partials_of_channels<P>(plan, shared, channels);
-    sync_cluster();
-    join_entries<P>(
-        plan, channels, plan.team_blocks,
-        [&](int channel, int from) { return in_block_of_cluster(own, from)[channel]; }, finish);
-    sync_cluster();  // no block exits or overwrites its partials while another reads them
+    Quad<C>* const done = results_of<Quad<C>>(workspace, plan, team);
+    const int first = static_cast<int>(rank);
+    const int mine = first < channels ? (channels - first + blocks - 1) / blocks : 0;
+    join_entries(
+        plan, mine, blocks,
+        [&](Pair& sums, int i, int from) {
+          const int channel = first + i * blocks;
+          add(sums, workspace_of<P>(workspace, plan, team, from)[channel],
+              workspace_of<P>(workspace, plan, team, 0)[channel]);
+        },
+        [&](int i, const Pair& sums) {
+          const int channel = first + i * blocks;
+          done[channel] = finish(channel, sums, workspace_of<P>(workspace, plan, team, 0)[channel]);
+        });
+    sync_grid();
+    for (int i = static_cast<int>(threadIdx.x); i < channels; i += plan.threads)
+      results[i] = done[i];
   } else {
-    join_bins<P>(plan, shared, channels, finish);
-    sync_block();
+    const bool is_cluster = plan.team == Team::kCluster;
+    if (is_cluster) sync_cluster();
+    const auto of = [&](int from) { return is_cluster ? in_block_of_cluster(own, from) : own; };
+    join_entries(
+        plan, channels, blocks,
+        [&](Pair& sums, int channel, int from) { add(sums, of(from)[channel], of(0)[channel]); },
+        [&](int channel, const Pair& sums) {
+          results[channel] = finish(channel, sums, of(0)[channel]);
+        });
+    if (is_cluster) arrive_cluster();
   }
+  sync_block();
+}
+
+__device__ inline void wait_for_team(const CudaPlan& plan) {
+  if (plan.team == Team::kCluster) wait_cluster();
 }
 
 }  // namespace bnext

@@ -5,12 +5,14 @@
 //   reduce    3E, or 2E where the L2 keeps the group: moments of each block's rows to the
 //   + apply   workspace; then every block joins its group's and normalises its rows.
 //   apply     alone with frozen statistics, 2E.
+//
+// Each block sums about a pilot of its own, the mean of some of its values, so that sums of squares
+// do not cancel (Chan, Golub & LeVeque 1983), and whether they did is for it alone to tell.
 #pragma once
 
-#include "../activation.h"
+#include "activation.cuh"
 #include "exchange.cuh"
 #include "launch.h"
-#include "slab.cuh"
 
 namespace bnext {
 
@@ -28,230 +30,283 @@ __device__ inline void count_batch(const ForwardArgs& args) {
     ++*args.num_batches_tracked;
 }
 
-// What outlives the call.
-__device__ inline void save_statistics(const ForwardCall& call, int64_t c, double mean,
-                                       double invstd) {
-  call.args.save_stats[c] = mean;
-  call.args.save_stats[call.problem.c + c] = invstd;
-  call.args.save_stats[2 * call.problem.c + c] = 0;
-}
-__device__ inline void update_running(const ForwardArgs& args, int64_t c,
-                                      const Moments<double>& m) {
-  const double factor = averaging_factor(args);
-  const auto update = [&](ParamOut running, double value) {
-    if (!running) return;
-    const double old = read(ParamIn{running.data, running.stride, running.dtype}, c, 0);
-    write(running, c, (1 - factor) * old + factor * value);
-  };
-  update(args.running_mean, m.mean);
-  update(args.running_var, m.m2 / (m.count - 1));  // unbiased
+// The statistics of a channel: the mean in two doubles, 1 / std and the unbiased variance.
+struct Statistics {
+  double mean, low, invstd, var;
+};
+static_assert(sizeof(Statistics) <= kRecordBytes);
+
+__device__ inline Statistics statistics_of(const ForwardCall& call, const Pair& sums,
+                                           const Moments& first) {
+  const double count = static_cast<double>(call.problem.count());
+  const double delta = sums.a / count, difference = sums.b - sums.a * delta;
+  const double m2 = difference < 0 ? 0 : difference;  // NaN stays
+  const double mean = first.pilot + delta, rounded = mean - first.pilot;
+  const double low = first.pilot - (mean - rounded) + (delta - rounded);
+  return {mean, low - low == 0 ? low : 0, inverse_std(m2 / count, call.args.eps), m2 / (count - 1)};
 }
 
-template <class C>
-__device__ inline Affine<C> affine_of(const ForwardArgs& args, int64_t c, double mean,
-                                      double invstd) {
-  return make_affine<C>(mean, invstd, read(args.weight, c, 1), read(args.bias, c, 0));
+// Adds a block's moments to sums about the first block's pilot.
+__device__ inline void add_moments(Pair& sums, const Moments& m, const Moments& first) {
+  if (m.count == 0) return;
+  const double shift = m.pilot - first.pilot + m.delta;
+  sums.a = fma(m.count, shift, sums.a);
+  sums.b += fma(m.count * shift, shift, m.m2);
 }
 
-// All of these. `writes`: only one block of a team writes to global memory.
-template <class C>
-__device__ inline Affine<C> finish_forward(const ForwardCall& call, int64_t c,
-                                           const Moments<double>& m, bool writes) {
-  const double invstd = inverse_std(m.m2 / m.count, call.args.eps);
-  if (writes) {
-    save_statistics(call, c, m.mean, invstd);
-    update_running(call.args, c, m);
-  }
-  return affine_of<C>(call.args, c, m.mean, invstd);
-}
-
-// y = act(x * scale + shift + residual) of a thread's items, last items first: what a reduction
-// read last is still in the caches.
-template <class T, int V, class Items, class Source>
-__device__ inline void apply_forward(const ForwardCall& call, const Items& items,
-                                     const Affine<compute_t<T>>* coefficients, int64_t channel0,
-                                     const Source& source) {
-  using C = compute_t<T>;
+// Writes what outlives the call, of the channels that this block finished.
+__device__ inline void write_statistics(const ForwardCall& call, const SharedLayout& shared,
+                                        int64_t channel0, int channels, int64_t rank) {
   const ForwardArgs& args = call.args;
-  const T* const residual = static_cast<const T*>(args.residual);
-  Affine<C> affine[Items::kBins];
-#pragma unroll
-  for (int bin = 0; bin < Items::kBins; ++bin)
-    if (items.channel(bin) < call.problem.c)
-      affine[bin] = coefficients[items.channel(bin) - channel0];
-  constexpr int kItems = Source::kItems;
-  Item item = items.at(items.iterations() - 1);
+  const double factor = averaging_factor(args);
+  for (int i = static_cast<int>(threadIdx.x); i < channels; i += call.plan.threads) {
+    if (!finishes(call.plan, rank, i)) continue;
+    const Statistics& s = reinterpret_cast<const Statistics*>(shared.records)[i];
+    const int64_t c = channel0 + i;
+    args.save_stats[c] = s.mean;
+    args.save_stats[call.problem.c + c] = s.invstd;
+    args.save_stats[2 * call.problem.c + c] = s.low;
+    const auto update = [&](ParamOut running, double value) {
+      if (!running) return;
+      const double old = read(ParamIn{running.data, running.stride, running.dtype}, c, 0);
+      write(running, c, (1 - factor) * old + factor * value);
+    };
+    update(args.running_mean, s.mean);
+    update(args.running_var, s.var);
+  }
+}
+
+template <class C>
+__device__ inline Quad<C> quad_of(const Affine<C>& a) {
+  return {a.mean, a.scale, a.shift, 0};
+}
+
+// Pilots, weights and biases of a group, before its sums: what the loads of each cost is over when
+// those arrive. A warp takes a channel, a thread a place. Ends with a barrier.
+template <class T, class Items>
+__device__ inline void find_pilots(const ForwardCall& call, const Items& items, int64_t group,
+                                   int channels, Quad<compute_t<T>>* quads) {
+  using C = compute_t<T>;
+  const T* const x = static_cast<const T*>(call.args.input);
+  const int warps = call.plan.threads / kWarpThreads;
+  const unsigned lane = threadIdx.x % kWarpThreads;
+  static_assert(kPlaces == kWarpThreads);
 #pragma unroll 1
-  for (int k = items.iterations() - 1; k >= 0; k -= kItems) {
-    Pack<T, V> x[kItems], z[kItems];
-    Item at[kItems];
-    bool valid[kItems];
+  for (int i = static_cast<int>(threadIdx.x) / kWarpThreads; i < channels; i += warps) {
+    C sum = items.total() > 0 ? to_compute(x[items.value_at(group, i, lane)]) : C(0);
+    sum *= C(1. / kPlaces);
+    for (int d = kWarpThreads / 2; d > 0; d /= 2) sum += shuffle_xor(sum, d);
+    const int64_t c = group * call.plan.group + i;
+    if (lane == 0)
+      quads[i] = {sum - sum == 0 ? sum : C(0), static_cast<C>(read(call.args.weight, c, 1)),
+                  static_cast<C>(read(call.args.bias, c, 0)), 0};
+  }
+  sync_block();
+}
+
+// Moments of this block's values of each channel of the group, in shared.partials. `sum`: calls its
+// argument, which adds items to the sums, for all of them.
+template <class T, int V, class Items, class Source, class Sum>
+__device__ inline void reduce_forward(const ForwardCall& call, const Items& items, int64_t group,
+                                      int channels, const SharedLayout& shared,
+                                      const Source& source, const Sum& sum) {
+  using C = compute_t<T>;
+  constexpr int kBins = Items::kBins;
+  C pilot[kBins];
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      at[i] = item;
-      valid[i] = k >= i && items.valid(item);
-      if (valid[i]) {
-        const int64_t offset = items.offset(item);
-        x[i] = source(k - i, offset);
-        if (residual) z[i] = load_streaming(reinterpret_cast<const Pack<T, V>*>(residual + offset));
+  for (int v = 0; v < kBins; ++v) pilot[v] = shared.quads<C>()[items.channel(v)].x;
+  Sums<C, kBins> sums;
+  sum(sums, [&](int k, auto count) {
+    Item<T, V> item[count];
+    C a[V], b[V];
+#pragma unroll
+    for (int i = 0; i < count; ++i) item[i] = source(k + i, 0, Source::kShared ? 0 : items(k + i));
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      C x[V];
+      item[i].unpack(x);
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const C d = items.has(k + i, v) ? x[v] - pilot[v % kBins] : C(0);
+        a[v] = i == 0 ? d : a[v] + d;
+        b[v] = i == 0 ? d * d : fma(d, d, b[v]);
       }
-      items.retreat(item);
     }
+    sums.template add<V>(a, b);
+  });
+  Moments* const partials = static_cast<Moments*>(shared.partials);
+  const double eps = call.args.eps;
+  settle<Moments>(
+      sums, call.plan, shared, channels, shared.records,
+      [&] {
+        sum_again<V>(items, sums, [&](int k, int v, double& a, double& b) {
+          if (!items.has(k, v)) return;
+          const Moments& m = partials[items.channel(v)];
+          const double d = source.element(k, 0, items(k), v) - (m.pilot + m.delta);
+          a += d;
+          b = fma(d, d, b);
+        });
+      },
+      [&](int channel, const Pair& sum, bool again, bool& fits) -> Moments {
+        const double count = items.count(group, channel);
+        if (count == 0) return {};
+        double pilot = shared.quads<C>()[channel].x;
+        if (again) pilot = partials[channel].pilot + partials[channel].delta;
+        double delta = sum.a / count;
+        const double m2 = sum.b - sum.a * delta, least = count * 0x1p-100;
+        fits = count * delta * delta <= m2 && m2 < INFINITY && m2 + count * eps >= least;
+        if (!again && !(delta - delta == 0)) delta = 0;  // a pilot that may do
+        return {count, pilot, delta, m2 < 0 ? 0 : m2};
+      });
+}
+
+// y = act((x - mean) scale + shift + residual) of a thread's items.
+template <class T, int V, Fused kAct, bool kResidual, class Items, class Source>
+__device__ inline void apply_forward(const ForwardCall& call, const Items& items,
+                                     const SharedLayout& shared, const Source& source) {
+  using C = compute_t<T>;
+  constexpr int kBins = Items::kBins;
+  constexpr bool kQuick = sizeof(T) == 2;
+  const ForwardArgs& args = call.args;
+  const Act act = call.problem.act;
+  const C param = static_cast<C>(args.act_param);
+  // Where threads meet in shuffles, those that own nothing go along; else they are done here.
+  constexpr bool kMeets = kResidual && kAct != Fused::kNone && kThreadsPerMaskByte<V> > 1;
+  if (!kMeets && !items.owns()) return;
+  Affine<C> affine[kBins];
 #pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      unsigned bits = 0;
-      if (valid[i]) {
-        Pack<T, V> y;
+  for (int v = 0; v < kBins; ++v) {
+    const Quad<C> q = shared.quads<C>()[items.channel(v)];
+    affine[v] = {q.x, q.y, q.z};
+  }
+  const Item<T, V>* const residual = items_in<T, V>(args.residual, items);
+  Item<T, V>* const output = items_in<T, V>(args.output, items);
+  uint8_t* const mask = args.mask + items.mask_base();
+  const Keep keep(call.plan.keeps_output);
+  for_items<2>(items, [&](int k, auto count, auto checked) {
+    Item<T, V> x_item[count]{};
+    [[maybe_unused]] Item<T, V> residual_item[count]{};
+    unsigned to[count];
+    const bool valid = checked ? items.valid(k) : !kMeets || items.owns();
+    if (valid)
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-          C value = apply(affine[v % Items::kBins], x[i].get(v));
-          if (residual) value = value + z[i].get(v);
-          if (call.problem.act == Act::kRelu) {
-            const bool passed = Activation<Act::kRelu>::passes(value);
-            bits |= static_cast<unsigned>(passed) << v;
-            value = Activation<Act::kRelu>::f(value, value);
-          }
-          y.set(v, value);
+      for (int i = 0; i < count; ++i) {
+        to[i] = items(k + i);
+        if constexpr (kResidual) residual_item[i] = load_streaming(residual + to[i]);
+        x_item[i] = source(k + i, 0, to[i]);
+      }
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+      C z[V];
+      x_item[i].unpack(z);
+#pragma unroll
+      for (int v = 0; v < V; ++v) z[v] = apply(affine[v % kBins], z[v]);
+      if constexpr (kResidual) {
+        C more[V];
+        residual_item[i].unpack(more);
+#pragma unroll
+        for (int v = 0; v < V; ++v) z[v] += more[v];
+      }
+      [[maybe_unused]] unsigned bits = 0;
+      if (kResidual && kAct == Fused::kAny && args.mask) bits = passing_bits(act, z);
+      if constexpr (kAct == Fused::kAny) activate<kQuick>(act, param, z);
+      const Item<T, V> y = Item<T, V>::template pack<kAct == Fused::kRelu>(z);
+      if (valid) store_own(keep, items, k + i, output + to[i], y);
+      if constexpr (kResidual && kAct != Fused::kNone)
+        if (args.mask) {
+          if constexpr (kAct == Fused::kRelu) bits = y.nonzero();
+          bits = join_mask_bits<V>(valid ? bits : 0);
+          if (valid && items.writes_mask()) mask[items.mask(k + i)] = static_cast<uint8_t>(bits);
         }
-        store_streaming(
-            reinterpret_cast<Pack<T, V>*>(static_cast<T*>(args.output) + items.offset(at[i])), y);
-      }
-      if (args.mask) {
-        bits = join_mask_bits<V>(bits);
-        if (valid[i] && threadIdx.x % kThreadsPerMaskByte<V> == 0)
-          args.mask[items.mask_offset(at[i])] = static_cast<uint8_t>(bits);
-      }
     }
-  }
+  });
 }
 
-// Adds items [first, last) of a thread to the moments of its bins.
-template <class T, int V, class Items, class Source>
-__device__ inline void add_items(const Items& items, int first, int last, const Source& source,
-                                 ThreadMoments<Items::kBins>& sums) {
-  constexpr int kItems = 2 * Source::kItems;
-  Item item = items.at(first);
-#pragma unroll 1
-  for (int k = first; k < last; k += kItems) {
-    Tile<T, V, kItems> tile;
-#pragma unroll
-    for (int i = 0; i < kItems; ++i) {
-      tile.valid[i] = k + i < last && items.valid(item);
-      if (tile.valid[i]) tile.x[i] = source(k + i, items.offset(item));
-      items.advance(item);
-    }
-    add_tile(sums, tile);
-  }
-}
-
-// Sums again, in double, the bins that did not fit in floats.
-template <class T, int V, class Items, class Source>
-__device__ inline void settle(const Items& items, const Source& source,
-                              ThreadMoments<Items::kBins>& sums) {
-  if constexpr (sizeof(compute_t<T>) < sizeof(double)) {
-#pragma unroll
-    for (int bin = 0; bin < Items::kBins; ++bin)
-      if (sums.unfit >> bin & 1) {
-        bool fits;
-        const Moments<double> m = two_pass<double>(
-            static_cast<int>(sums.count),
-            [&](const auto& f) {
-              Item item = items.at(0);
-#pragma unroll 1
-              for (int k = 0; k < items.iterations(); ++k, items.advance(item)) {
-                if (!items.valid(item)) continue;
-                const Pack<T, V> x = source(k, items.offset(item));
-#pragma unroll
-                for (int v = bin; v < V; v += Items::kBins) f(x.get(v));
-              }
-            },
-            fits);
-        sums.mean[bin] = m.mean;
-        sums.m2[bin] = m.m2;
-      }
-  }
-}
-
-template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
+template <class T, int V, IndexMap kMap, Ends kEnds, Fused kAct, bool kResidual>
+__global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_resident_forward_kernel(const __grid_constant__ ForwardCall call) {
   using C = compute_t<T>;
-  using Items = typename ItemsOf<kMap, V>::type;
   const CudaPlan& plan = call.plan;
-  const SharedLayout shared =
-      shared_layout(plan, plan.items_per_thread * plan.threads * sizeof(Pack<T, V>));
-  Pack<T, V>* const slab = reinterpret_cast<Pack<T, V>*>(shared.slabs);
-  auto* const coefficients = static_cast<Affine<C>*>(shared.coefficients);
+  const SharedLayout shared = shared_layout(plan);
+  const Slab<T, V, 1> slab(shared.slabs, plan);
   const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
   count_batch(call.args);
   // All blocks take equally many turns: one without a group still has to meet the others.
   for (int64_t turn = 0; turn * plan.teams < plan.groups; ++turn) {
     const int64_t group = turn * plan.teams + team, channel0 = group * plan.group;
-    const Items items(call.problem, plan, group, rank);
-    ThreadMoments<Items::kBins> sums;
-    const SharedSource<T, V> source{slab};
-    load_and_reduce<T, V, 1>(
-        items, {static_cast<const T*>(call.args.input)}, {slab},
-        [&](int first, int last) { add_items<T, V>(items, first, last, source, sums); });
-    settle<T, V>(items, source, sums);
-    join_threads<Moments<double>>(sums, items, plan, shared);
-    exchange<Moments<double>>(plan, shared, call.workspace, channels_of(call.problem, plan, group),
-                              team, rank, turn, [&](int channel, const Moments<double>& m) {
-                                coefficients[channel] =
-                                    finish_forward<C>(call, channel0 + channel, m, rank == 0);
-                              });
-    // join_threads has barriers before the next turn writes its coefficients.
-    apply_forward<T, V>(call, items, coefficients, channel0, source);
+    const int channels = channels_of(call.problem, plan, group);
+    const Items<kMap, V, kEnds> items(call.problem, plan, group, rank);
+    copy_items(items, Global<T, V, 1>{{items_in<T, V>(call.args.input, items)}}, slab);
+    if (turn > 0) sync_block();  // the last one's records have been read
+    find_pilots<T>(call, items, group, channels, shared.quads<C>());
+    reduce_forward<T, V>(call, items, group, channels, shared, slab,
+                         [&](auto& sums, const auto& add) { sum_as_they_land(items, sums, add); });
+    exchange<Moments, C>(plan, shared, call.workspace, channels, team, rank, add_moments,
+                         [&](int i, const Pair& sums, const Moments& first) {
+                           const Statistics s = statistics_of(call, sums, first);
+                           reinterpret_cast<Statistics*>(shared.records)[i] = s;
+                           const Quad<C> q = shared.quads<C>()[i];
+                           return quad_of(make_affine<C>(s.mean, s.invstd, q.y, q.z, s.low));
+                         });
+    apply_forward<T, V, kAct, kResidual>(call, items, shared, slab);
+    write_statistics(call, shared, channel0, channels, rank);
+    wait_for_team(plan);
   }
 }
 
-template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
+template <class T, int V, IndexMap kMap, Ends kEnds>
+__global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_reduce_forward_kernel(const __grid_constant__ ForwardCall call) {
-  using Items = typename ItemsOf<kMap, V>::type;
+  using C = compute_t<T>;
   const CudaPlan& plan = call.plan;
-  const SharedLayout shared = shared_layout(plan, 0);
+  const SharedLayout shared = shared_layout(plan);
   const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
   if (call.first_group == 0) count_batch(call.args);
   const int64_t group = call.first_group + team;
-  const Items items(call.problem, plan, group, rank);
-  ThreadMoments<Items::kBins> sums;
-  const GlobalSource<T, V> source{static_cast<const T*>(call.args.input)};
-  add_items<T, V>(items, 0, items.iterations(), source, sums);
-  settle<T, V>(items, source, sums);
-  join_threads<Moments<double>>(sums, items, plan, shared);
-  publish<Moments<double>>(plan, shared, channels_of(call.problem, plan, group),
-                           workspace_of<Moments<double>>(call.workspace, plan, team, rank));
+  const int channels = channels_of(call.problem, plan, group);
+  const Items<kMap, V, kEnds> items(call.problem, plan, group, rank);
+  find_pilots<T>(call, items, group, channels, shared.quads<C>());
+  const Global<T, V, 1> source{{items_in<T, V>(call.args.input, items)}};
+  reduce_forward<T, V>(
+      call, items, group, channels, shared, source,
+      [&](auto& sums, const auto& add) { sum_items(items, 0, items.total(), sums, add); });
+  publish<Moments>(plan, shared, channels, workspace_of<Moments>(call.workspace, plan, team, rank));
 }
 
-template <class T, int V, IndexMap kMap>
-__global__ void __launch_bounds__(max_cuda_threads(kMap, V), 1)
+template <class T, int V, IndexMap kMap, Ends kEnds, Fused kAct, bool kResidual>
+__global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_apply_forward_kernel(const __grid_constant__ ForwardCall call) {
   using C = compute_t<T>;
-  using Items = typename ItemsOf<kMap, V>::type;
   const CudaPlan& plan = call.plan;
   const ForwardArgs& args = call.args;
-  const SharedLayout shared = shared_layout(plan, 0);
-  auto* const coefficients = static_cast<Affine<C>*>(shared.coefficients);
+  const SharedLayout shared = shared_layout(plan);
+  Quad<C>* const quads = shared.quads<C>();
   const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
   const int64_t group = call.first_group + team, channel0 = group * plan.group;
   const int channels = channels_of(call.problem, plan, group);
-  if (is_training(call.problem.stage)) {
-    join_published<Moments<double>>(
-        plan, call.workspace, team, channels, [&](int channel, const Moments<double>& m) {
-          coefficients[channel] = finish_forward<C>(call, channel0 + channel, m, rank == 0);
-        });
+  const bool training = is_training(call.problem.stage);
+  const auto finish = [&](int i, const Statistics& s) {
+    const int64_t c = channel0 + i;
+    quads[i] = quad_of(
+        make_affine<C>(s.mean, s.invstd, read(args.weight, c, 1), read(args.bias, c, 0), s.low));
+  };
+  if (training) {
+    join_published<Moments>(plan, call.workspace, team, channels, add_moments,
+                            [&](int i, const Pair& sums, const Moments& first) {
+                              const Statistics s = statistics_of(call, sums, first);
+                              reinterpret_cast<Statistics*>(shared.records)[i] = s;
+                              finish(i, s);
+                            });
   } else {
-    for (int i = static_cast<int>(threadIdx.x); i < channels; i += plan.threads) {
-      const int64_t c = channel0 + i;
-      coefficients[i] = affine_of<C>(args, c, read(args.frozen_mean, c, 0),
-                                     inverse_std(read(args.frozen_var, c, 1), args.eps));
-    }
+    for (int i = static_cast<int>(threadIdx.x); i < channels; i += plan.threads)
+      finish(i, {read(args.frozen_mean, channel0 + i, 0), 0,
+                 inverse_std(read(args.frozen_var, channel0 + i, 1), args.eps), 0});
   }
   sync_block();
-  const Items items(call.problem, plan, group, rank);
-  apply_forward<T, V>(call, items, coefficients, channel0,
-                      GlobalSource<T, V>{static_cast<const T*>(args.input)});
+  const Items<kMap, V, kEnds> items(call.problem, plan, group, rank);
+  apply_forward<T, V, kAct, kResidual>(call, items, shared,
+                                       Global<T, V, 1>{{items_in<T, V>(args.input, items)}});
+  if (training) write_statistics(call, shared, channel0, channels, rank);
 }
 
 }  // namespace bnext

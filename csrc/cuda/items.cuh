@@ -1,10 +1,14 @@
 // Which elements a thread owns: the matrix of CudaPlan (plan.h) in device arithmetic.
 //
-//   rows (NCHW), group of 2 channels, 128 threads:     columns (channels_last), V = 4:
-//        item 0   item 1  ...                               bins 0-3  bins 4-7  ...
-//     row 0  t0      t1     t2 ...  } channel 0:         row 0   t0         t1
-//     row 1  ...  t62  t63  t0 ...  } threads 0-63       row 1   t2         t3
-//     row 0  t64     t65    ...     } channel 1
+//   rows (NCHW), group of 2 channels, 4 warps:         columns (channels_last), V = 4, 2 columns:
+//        item 0  item 1 ... item 32                        bins 0-3  bins 4-7
+//     channel 0  t0   t1 ...  (warp 2's) t64 ...      row 0   t0         t1
+//     channel 1  t32  t33 ... (warp 3's) t96 ...      row 1   t2         t3      (t32: row 16)
+//
+// A thread's k-th item is a step of `step` rows of the matrix after the one before. All threads of
+// a block count as many steps, so that whole warps can meet in shuffles; which of its items a
+// thread has is known to `owns`, of whole steps, and to `valid`, of what is left after the last
+// one.
 #pragma once
 
 #include "elements.cuh"
@@ -21,7 +25,7 @@ struct Call {
   int64_t first_group;  // of this launch
 };
 
-// The rows that a block of a team owns: [first, first + count).
+// The rows of the matrix that a block of a team owns: [first, first + count).
 struct RowRange {
   int64_t first;
   int count;
@@ -40,154 +44,195 @@ __device__ inline int channels_of(const Problem& problem, const CudaPlan& plan, 
   return static_cast<int>(left < 0 ? 0 : left < plan.group ? left : plan.group);
 }
 
-// An item, by its row in the block's range and its place in that row.
-struct Item {
-  int row, place;
-};
+// Place k of kPlaces scattered ones, as a share of 2^32: they hit neither the first value nor, in
+// step, the lines of an image. Of each part of 1 / kPlaces, the fraction of k times the golden
+// ratio.
+inline constexpr int kPlaces = 32;
+__device__ inline unsigned fraction(unsigned k) {
+  return k * 0x9e3779b9u + 0x80000000u;
+}
+__device__ inline unsigned place(unsigned k) {
+  return k << 27 | fraction(k) >> 5;
+}
 
-// Items of one channel, shared by plan.threads / plan.group adjacent threads (whole warps): thread
-// t takes items t, t + threads, ... of the channel's rows laid end to end. A row's items are padded
-// to whole mask bytes, so that neighbours in a byte are neighbouring threads.
-template <int V>
-class RowItems {
+template <IndexMap kMap, int V, Ends kEnds>
+class Items {
+  static constexpr bool kPadded = kEnds == Ends::kPadded;
+
  public:
+  static constexpr bool kRagged = kEnds == Ends::kRagged;
   static constexpr int kElements = V;
-  static constexpr int kBins = 1;            // bins whose sums a thread keeps
-  static constexpr bool kWholeWarps = true;  // the threads of a warp share them
+  static constexpr bool kRows = kMap == IndexMap::kRows;
+  static constexpr int kBins = kRows ? 1 : V;  // whose sums a thread keeps
+  static constexpr bool kAllChecked = kPadded;
+  static_assert(kEnds == Ends::kWhole || kRows, "columns end with whole items");
 
-  __device__ RowItems(const Problem& problem, const CudaPlan& plan, int64_t group, int64_t rank)
-      : problem_(problem),
-        plan_(plan),
-        range_(rows_of(plan, rank)),
-        threads_(plan.threads / static_cast<int>(plan.group)),
-        per_row_(static_cast<int>(ceil_div(plan.segment_width, kMaskBits)) *
-                 kThreadsPerMaskByte<V>),
-        channel_(group * plan.group + threadIdx.x / threads_) {
-    if (channel_ >= problem.c) range_.count = 0;
-    step_ = {threads_ / per_row_, threads_ % per_row_};
-  }
-
-  // The same for all threads of a warp.
-  __device__ int iterations() const {
-    return static_cast<int>(ceil_div(static_cast<int64_t>(range_.count) * per_row_, threads_));
-  }
-  __device__ Item at(int k) const {
-    const int64_t i = static_cast<int64_t>(k) * threads_ + threadIdx.x % threads_;
-    return {static_cast<int>(i / per_row_), static_cast<int>(i % per_row_)};
-  }
-  __device__ void advance(Item& item) const {
-    item.row += step_.row;
-    item.place += step_.place;
-    if (item.place >= per_row_) item.place -= per_row_, ++item.row;
-  }
-  __device__ void retreat(Item& item) const {
-    item.row -= step_.row;
-    item.place -= step_.place;
-    if (item.place < 0) item.place += per_row_, --item.row;
-  }
-  __device__ bool valid(const Item& item) const {
-    if (item.row >= range_.count) return false;
-    const int64_t place = static_cast<int64_t>(item.place) * V;
-    if (plan_.segments == 1) return place < problem_.hw;
-    return place < plan_.segment_width && segment_start(item) + place < problem_.hw;
-  }
-  // Elements before the item in the tensor.
-  __device__ int64_t offset(const Item& item) const {
-    return row_of_memory(item) * problem_.hw + segment_start(item) +
-           static_cast<int64_t>(item.place) * V;
-  }
-  // Bytes before the item's in the mask.
-  __device__ int64_t mask_offset(const Item& item) const {
-    return row_of_memory(item) * problem_.mask_row_bytes() +
-           (segment_start(item) + static_cast<int64_t>(item.place) * V) / kMaskBits;
-  }
-  __device__ int64_t channel(int) const { return channel_; }
-
-  // How a thread's sums join those of others: its first bin in the group, and its place among the
-  // threads of that bin once each warp has joined its own.
-  __device__ int first_bin() const { return threadIdx.x / threads_; }
-  __device__ int joining_threads() const { return threads_ / kWarpThreads; }
-  __device__ int joining_place() const { return threadIdx.x % threads_ / kWarpThreads; }
-  __device__ int joining_bins() const { return static_cast<int>(plan_.group); }
-  __device__ bool joins() const { return threadIdx.x % kWarpThreads == 0; }
-
- private:
-  __device__ int64_t sample(const Item& item) const {
-    return plan_.segments == 1 ? range_.first + item.row
-                               : (range_.first + item.row) / plan_.segments;
-  }
-  __device__ int64_t segment_start(const Item& item) const {
-    return plan_.segments == 1 ? 0
-                               : (range_.first + item.row) % plan_.segments * plan_.segment_width;
-  }
-  __device__ int64_t row_of_memory(const Item& item) const {
-    return sample(item) * problem_.c + channel_;
-  }
-
-  const Problem& problem_;
-  const CudaPlan& plan_;
-  RowRange range_;
-  int threads_, per_row_;
-  int64_t channel_;
-  Item step_;
-};
-
-// Items of one column: V adjacent bins, down the rows. Threads left over from whole rows idle.
-template <int V>
-class ColumnItems {
- public:
-  static constexpr int kElements = V;
-  static constexpr int kBins = V;
-  static constexpr bool kWholeWarps = false;
-
-  __device__ ColumnItems(const Problem& problem, const CudaPlan& plan, int64_t group, int64_t rank)
-      : problem_(problem),
-        plan_(plan),
-        range_(rows_of(plan, rank)),
-        columns_(static_cast<int>(plan.columns)),
-        bins_(problem.c * plan.bins_per_channel),
-        bin_(group * plan.group_bins() + static_cast<int64_t>(threadIdx.x % columns_) * V) {
+  __device__ Items(const Problem& problem, const CudaPlan& plan, int64_t group, int64_t rank)
+      : problem_(problem), plan_(plan), range_(rows_of(plan, rank)) {
+    const int warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
+    const int sets = plan.warp_sets, per_warp = plan.warp_rows, set = warp % sets;
+    const int column = lane & (kWarpThreads / per_warp - 1);
+    const int step = plan.threads / kWarpThreads / sets * per_warp;
+    row_ = warp / sets * per_warp + lane * per_warp / kWarpThreads;
     if (group >= plan.groups) range_.count = 0;
+    full_ = range_.count / step;
+    const int rest = range_.count % step;
+    total_ = full_ + (rest > 0);
+    if constexpr (kRows) {
+      first_bin_ = set;
+      const int64_t c = group * plan.group + set;
+      owns_ = set < plan.group && c < problem.c;
+      const int64_t channel = owns_ ? c : problem.c - 1;
+      const int64_t sample = range_.first / plan.row_items;
+      const unsigned start = static_cast<unsigned>(range_.first % plan.row_items);
+      const int64_t row_of_memory = sample * problem.c + channel;
+      first_ = opaque(start + row_);
+      step_ = step;
+      jump_ = opaque(static_cast<unsigned>(problem.c * problem.hw / V - plan.row_items));
+      base_ = row_of_memory * problem.hw / V;
+      mask_base_ = row_of_memory * problem.mask_row_bytes();
+      if constexpr (kRagged) {
+        before_ = before(channel);
+        const int64_t last = problem.numel() / V - 1 - base_;
+        last_ = last < UINT32_MAX ? static_cast<unsigned>(last) : UINT32_MAX;
+      }
+    } else {
+      const int64_t row_items = plan.row_items;
+      first_bin_ = (set * (kWarpThreads / per_warp) + column) * V;
+      const int64_t bin = group * plan.group_bins() + first_bin_;
+      owns_ = first_bin_ < plan.group_bins() && bin < problem.c * plan.bins_per_channel &&
+              group < plan.groups;
+      const int mine = owns_ ? first_bin_ : 0;
+      first_ = opaque(static_cast<unsigned>(row_ * row_items + mine / V));
+      step_ = opaque(static_cast<unsigned>(step * row_items));
+      base_ = range_.first * row_items + group * plan.group_bins() / V;
+      mask_base_ = range_.first * problem.mask_row_bytes() + group * plan.group / kMaskBits;
+      mask_first_ = static_cast<unsigned>(row_ * problem.mask_row_bytes() + mine / kMaskBits);
+      mask_step_ = static_cast<unsigned>(step * problem.mask_row_bytes());
+    }
+    owns_rest_ = owns_ && row_ < rest;
   }
 
-  __device__ int iterations() const {
-    return static_cast<int>(ceil_div(range_.count, joining_threads()));
-  }
-  __device__ Item at(int k) const { return {k * joining_threads() + joining_place(), 0}; }
-  __device__ void advance(Item& item) const { item.row += joining_threads(); }
-  __device__ void retreat(Item& item) const { item.row -= joining_threads(); }
-  __device__ bool valid(const Item& item) const { return item.row < range_.count && joins(); }
-  __device__ int64_t offset(const Item& item) const {
-    return (range_.first + item.row) * bins_ + bin_;
-  }
-  __device__ int64_t mask_offset(const Item& item) const {
-    return (range_.first + item.row) * problem_.mask_row_bytes() + bin_ / kMaskBits;
-  }
-  __device__ int64_t channel(int bin) const {
-    return plan_.bins_per_channel == 1 ? bin_ + bin : (bin_ + bin) / plan_.bins_per_channel;
+  // Steps, of which the first `full` are whole.
+  __device__ int full() const { return kPadded ? 0 : full_; }
+  __device__ int total() const { return total_; }
+  // Whether the thread has an item in each whole step, and in any one.
+  __device__ bool owns() const { return owns_; }
+  __device__ bool valid(int k) const {
+    const bool is_own = k < full_ ? owns_ : owns_rest_;
+    if constexpr (!kPadded) return is_own;
+    const unsigned i = index(k);
+    return is_own && static_cast<int>(i - sample(i) * row_items()) * V < problem_.hw;
   }
 
-  __device__ int first_bin() const { return static_cast<int>(threadIdx.x) % columns_ * V; }
-  __device__ int joining_threads() const { return plan_.threads / columns_; }
-  __device__ int joining_place() const { return static_cast<int>(threadIdx.x) / columns_; }
-  __device__ int joining_bins() const { return columns_ * V; }
-  __device__ bool joins() const { return joining_place() < joining_threads() && bin_ < bins_; }
+  // Items before the k-th in the tensor, less base().
+  __device__ int64_t base() const { return base_; }
+  __device__ unsigned operator()(int k) const {
+    const unsigned at = offset_of(index(k));
+    return kRagged && at > last_ ? last_ : at;
+  }
+  // Which elements of the k-th item are the channel's, as bits: of some that a thread has, none.
+  __device__ unsigned elements(int k) const {
+    constexpr unsigned kAll = (1u << V) - 1;
+    if constexpr (!kRagged) return kAll;
+    const unsigned i = index(k);
+    const int place = static_cast<int>(i - sample(i) * row_items()) * V - before_;
+    const int missing = place < 0 ? -place : 0, left = static_cast<int>(problem_.hw) - place;
+    return kAll << missing & (left < V ? (1u << (left > 0 ? left : 0)) - 1 : kAll);
+  }
+  __device__ bool has(int k, int v) const { return !kRagged || elements(k) >> v & 1; }
+
+  // Bytes before its own in the mask, and the place of its bits there.
+  __device__ int64_t mask_base() const { return mask_base_; }
+  __device__ unsigned mask(int k) const {
+    if constexpr (!kRows) return mask_first_ + static_cast<unsigned>(k) * mask_step_;
+    if constexpr (!kPadded) return (*this)(k) / kThreadsPerMaskByte<V>;
+    const unsigned i = index(k), q = sample(i);
+    return q * static_cast<unsigned>(problem_.c * problem_.mask_row_bytes()) +
+           (i - q * row_items()) / kThreadsPerMaskByte<V>;
+  }
+  __device__ unsigned bits_of_byte(unsigned byte) const {
+    return byte >> (V * (threadIdx.x % kThreadsPerMaskByte<V>));
+  }
+  __device__ bool writes_mask() const { return threadIdx.x % kThreadsPerMaskByte<V> == 0; }
+
+  // The bin of the group of the thread's element v, its channel in the group.
+  __device__ int bin(int v) const { return kRows ? first_bin_ : first_bin_ + v; }
+  __device__ int channel(int v) const {
+    if (!owns_) return 0;
+    if (plan_.interleaved) return bin(v) % static_cast<int>(problem_.c);
+    return plan_.bins_per_channel == 1 ? bin(v) : bin(v) / static_cast<int>(plan_.bins_per_channel);
+  }
+
+  // Of a channel of the group, in this block: its values, and where the k-th of kPlaces is in the
+  // tensor.
+  __device__ double count(int64_t group, int channel) const {
+    if constexpr (!kRows) return static_cast<double>(range_.count) * plan_.bins_per_channel;
+    if constexpr (kEnds == Ends::kWhole) return static_cast<double>(range_.count) * V;
+    const int64_t c = group * plan_.group + channel;
+    const auto values_before = [&](int64_t row) {
+      return row / plan_.row_items * problem_.hw + place_in_row(row, c, 0, problem_.hw);
+    };
+    return static_cast<double>(values_before(range_.first + range_.count) -
+                               values_before(range_.first));
+  }
+  __device__ int64_t value_at(int64_t group, int channel, unsigned k) const {
+    const int64_t row = range_.first + multiply_high(range_.count, place(k));
+    const int64_t c = group * plan_.group + channel;
+    if constexpr (kRows) {
+      const int64_t at = place_in_row(row, c, multiply_high(V, fraction(k)), problem_.hw - 1);
+      return (row / plan_.row_items * problem_.c + c) * problem_.hw + at;
+    } else {
+      const unsigned bins = static_cast<unsigned>(plan_.bins_per_channel);
+      const int64_t first = row * plan_.row_items * V, bin = multiply_high(bins, fraction(k));
+      return first + (plan_.interleaved ? bin * problem_.c + c : c * bins + bin);
+    }
+  }
 
  private:
+  // Ragged: elements of other rows in the first item of a channel's.
+  __device__ int before(int64_t channel) const {
+    return static_cast<int>(channel * problem_.hw % V);
+  }
+  // Of a row of the matrix: the place of its element v in the row of memory, within [0, most].
+  __device__ int64_t place_in_row(int64_t row, int64_t channel, unsigned v, int64_t most) const {
+    const int64_t place = row % plan_.row_items * V + v - (kRagged ? before(channel) : 0);
+    return place < 0 ? 0 : place < most ? place : most;
+  }
+  __device__ unsigned row_items() const { return static_cast<unsigned>(plan_.row_items); }
+  // Rows: the place of the item among its channel's, laid end to end from the first sample's.
+  __device__ unsigned index(int k) const { return first_ + static_cast<unsigned>(k) * step_; }
+  __device__ unsigned sample(unsigned i) const {
+    return multiply_high(i, plan_.magic) >> plan_.magic_shift;
+  }
+  __device__ unsigned offset_of(unsigned i) const {
+    if constexpr (!kRows) return i;
+    return sample(i) * jump_ + i;
+  }
+
   const Problem& problem_;
   const CudaPlan& plan_;
   RowRange range_;
-  int columns_;
-  int64_t bins_, bin_;
+  int row_, full_, total_, first_bin_, before_ = 0;
+  bool owns_, owns_rest_;
+  unsigned first_, step_, jump_ = 0, mask_first_ = 0, mask_step_ = 0, last_ = 0;
+  int64_t base_, mask_base_;
 };
 
-template <IndexMap kMap, int V>
-struct ItemsOf {
-  using type = RowItems<V>;
-};
-template <int V>
-struct ItemsOf<IndexMap::kColumns, V> {
-  using type = ColumnItems<V>;
-};
+template <bool kIs>
+using Checked = std::bool_constant<kIs>;
+template <int kItems>
+using Count = std::integral_constant<int, kItems>;
+
+// f(k, how many items, whether each is checked), last items first: what a reduction read last is
+// still in the caches.
+template <int kTile, class Items, class F>
+__device__ inline void for_items(const Items& items, const F& f) {
+  const int full = items.full(), tiles = full - full % kTile;
+#pragma unroll 1
+  for (int k = items.total() - 1; k >= tiles; --k) f(k, Count<1>{}, Checked<true>{});
+#pragma unroll 1
+  for (int k = tiles - kTile; k >= 0; k -= kTile) f(k, Count<kTile>{}, Checked<false>{});
+}
 
 }  // namespace bnext

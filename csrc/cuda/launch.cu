@@ -12,9 +12,6 @@ __global__ void count_kernel(int64_t* num_batches_tracked) {
 
 int launch(const CudaPlan& plan, const Problem& problem, const ForwardArgs& args, void* workspace,
            void* stream) {
-  // For a cumulative average every block needs the new count, so a launch of its own raises it.
-  if (args.num_batches_tracked && args.cumulative)
-    if (const int error = launch_count(args.num_batches_tracked, stream)) return error;
   return visit_dtype<bfloat16, float16>(problem.dtype, [&](auto t) {
     return launch_as<decltype(t)>(plan, problem, args, workspace, stream);
   });
@@ -22,6 +19,13 @@ int launch(const CudaPlan& plan, const Problem& problem, const ForwardArgs& args
 
 int launch(const CudaPlan& plan, const Problem& problem, const BackwardArgs& args, void* workspace,
            void* stream) {
+  return visit_dtype<bfloat16, float16>(problem.dtype, [&](auto t) {
+    return launch_as<decltype(t)>(plan, problem, args, workspace, stream);
+  });
+}
+
+int launch(const CudaPlan& plan, const Problem& problem, const DoubleBackwardArgs& args,
+           void* workspace, void* stream) {
   return visit_dtype<bfloat16, float16>(problem.dtype, [&](auto t) {
     return launch_as<decltype(t)>(plan, problem, args, workspace, stream);
   });

@@ -20,13 +20,33 @@ inline cudaError_t with_vector(int vector, const F& f) {
   return vector == 1 ? f(std::integral_constant<int, 1>{}) : cudaErrorInvalidValue;
 }
 
+template <auto kValue>
+using Constant = std::integral_constant<decltype(kValue), kValue>;
+
+// f(vector, index map, how rows end)
 template <class T, class F>
 inline cudaError_t with_items(const CudaPlan& plan, const F& f) {
   return with_vector<T>(plan.vector, [&](auto vector) {
-    return plan.map == IndexMap::kRows
-               ? f(vector, std::integral_constant<IndexMap, IndexMap::kRows>{})
-               : f(vector, std::integral_constant<IndexMap, IndexMap::kColumns>{});
+    if (plan.map == IndexMap::kColumns)
+      return f(vector, Constant<IndexMap::kColumns>{}, Constant<Ends::kWhole>{});
+    constexpr Constant<IndexMap::kRows> kRows;
+    if constexpr (vector < kMaskBits)
+      if (plan.ends == Ends::kPadded) return f(vector, kRows, Constant<Ends::kPadded>{});
+    if constexpr (vector > 1)
+      if (plan.ends == Ends::kRagged) return f(vector, kRows, Constant<Ends::kRagged>{});
+    return f(vector, kRows, Constant<Ends::kWhole>{});
   });
+}
+
+// Whether kernels are compiled for one activation each: those of the widest accesses, and without
+// masks those of half as wide ones to rows of memory (14x14 in 16 bits).
+template <class T>
+constexpr bool is_widest(int vector) {
+  return sizeof(T) * vector == 16;
+}
+template <class T>
+constexpr bool is_half_as_wide(int vector, IndexMap map) {
+  return sizeof(T) * vector == 8 && vector > 1 && map == IndexMap::kRows;
 }
 
 inline LaunchShape shape_of(const CudaPlan& plan, int64_t groups) {
@@ -52,6 +72,9 @@ cudaError_t launch_as(const CudaPlan& plan, const Problem& problem, const Forwar
                       void* workspace, void* stream);
 template <class T>
 cudaError_t launch_as(const CudaPlan& plan, const Problem& problem, const BackwardArgs& args,
+                      void* workspace, void* stream);
+template <class T>
+cudaError_t launch_as(const CudaPlan& plan, const Problem& problem, const DoubleBackwardArgs& args,
                       void* workspace, void* stream);
 
 }  // namespace bnext

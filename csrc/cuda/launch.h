@@ -7,13 +7,16 @@
 
 namespace bnext {
 
-// `workspace`: plan.workspace_bytes of device memory, uninitialised.
+// `workspace`: plan.workspace_bytes of device memory, uninitialised. A cumulative average needs the
+// new count on every block: launch_count() comes before.
 int launch(const CudaPlan& plan, const Problem& problem, const ForwardArgs& args, void* workspace,
            void* stream);
 int launch(const CudaPlan& plan, const Problem& problem, const BackwardArgs& args, void* workspace,
            void* stream);
+int launch(const CudaPlan& plan, const Problem& problem, const DoubleBackwardArgs& args,
+           void* workspace, void* stream);
 
-// Adds 1 to the counter.
+// One more batch, where it is not for the kernels to count it.
 int launch_count(int64_t* num_batches_tracked, void* stream);
 
 }  // namespace bnext

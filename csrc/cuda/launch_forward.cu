@@ -4,25 +4,49 @@
 
 namespace bnext {
 
+// f(what is fused, whether a residual is added). kAlone: what has kernels of its own gets them;
+// kMasks: those that write a mask too.
+template <bool kAlone, bool kMasks, bool kPadded, class F>
+inline cudaError_t with_fused(const Problem& p, const F& f) {
+  const auto with = [&](auto fused) {
+    if constexpr (!kPadded)
+      if (!p.residual) return f(fused, Constant<false>{});
+    return f(fused, Constant<true>{});  // only what has a residual is padded, for its mask
+  };
+  if constexpr (kAlone) {
+    if (p.act == Act::kNone) return with(Constant<Fused::kNone>{});
+    if (p.act == Act::kRelu && !p.residual) return f(Constant<Fused::kRelu>{}, Constant<false>{});
+  }
+  if constexpr (kMasks)
+    if (p.act == Act::kRelu) return f(Constant<Fused::kRelu>{}, Constant<true>{});
+  return with(Constant<Fused::kAny>{});
+}
+
 template <class T>
 cudaError_t launch_as(const CudaPlan& plan, const Problem& problem, const ForwardArgs& args,
                       void* workspace, void* stream) {
   ForwardCall call{problem, plan, args, workspace, 0};
-  return with_items<T>(plan, [&](auto vector, auto map) {
-    if (plan.family == Family::kResident)
-      return launch(batch_norm_resident_forward_kernel<T, vector, map>, shape_of(plan, plan.teams),
-                    stream, call);
-    return for_each_range(plan, [&](int64_t first, int64_t groups) {
-      call.first_group = first;
-      cudaError_t error = cudaSuccess;
-      if (is_training(problem.stage))
-        error = launch(batch_norm_reduce_forward_kernel<T, vector, map>, shape_of(plan, groups),
-                       stream, call);
-      if (error == cudaSuccess)
-        error = launch(batch_norm_apply_forward_kernel<T, vector, map>, shape_of(plan, groups),
-                       stream, call);
-      return error;
-    });
+  return with_items<T>(plan, [&](auto v, auto map, auto ends) {
+    constexpr bool kMasks = is_widest<T>(v) && ends == Ends::kWhole;
+    constexpr bool kAlone =
+        (is_widest<T>(v) || is_half_as_wide<T>(v, map)) && ends != Ends::kPadded;
+    return with_fused<kAlone, kMasks, ends == Ends::kPadded>(
+        problem, [&](auto fused, auto residual) {
+          if (plan.family == Family::kResident)
+            return launch(batch_norm_resident_forward_kernel<T, v, map, ends, fused, residual>,
+                          shape_of(plan, plan.teams), stream, call);
+          return for_each_range(plan, [&](int64_t first, int64_t groups) {
+            call.first_group = first;
+            cudaError_t error = cudaSuccess;
+            if (is_training(problem.stage))
+              error = launch(batch_norm_reduce_forward_kernel<T, v, map, ends>,
+                             shape_of(plan, groups), stream, call);
+            if (error == cudaSuccess)
+              error = launch(batch_norm_apply_forward_kernel<T, v, map, ends, fused, residual>,
+                             shape_of(plan, groups), stream, call);
+            return error;
+          });
+        });
   });
 }
 

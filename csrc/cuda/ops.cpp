@@ -57,9 +57,12 @@ int alignment_of(const BackwardArgs& args) {
       {args.grad_out, args.input, args.residual, args.grad_input, args.grad_residual});
 }
 
-struct Cuda {
-  static constexpr auto takes = &ActTraits::on_cuda;
+int alignment_of(const DoubleBackwardArgs& args) {
+  return common_alignment({args.grad_grad_input, args.grad_grad_residual, args.grad_out, args.input,
+                           args.residual, args.grad_grad_out, args.grad_input});
+}
 
+struct Cuda {
   static Tensor allocate_output(const Input& x) { return allocate_like(x); }
 
   template <class Args>
@@ -68,20 +71,44 @@ struct Cuda {
     Problem problem = x.problem;
     const torch::stable::accelerator::DeviceGuard guard(device);
     problem.alignment = alignment_of(args);
-    const CudaPlan plan = plan_cuda(problem, cuda_info(device), cuda_choice_of_environment());
-    // Freed on return: torch's allocator hands it to later work of the same stream only.
-    const Tensor workspace = plan.workspace_bytes ? allocate(x.device, {plan.workspace_bytes}, {1},
-                                                             aoti_torch_dtype_uint8())
-                                                  : Tensor();
-    void* const memory = plan.workspace_bytes ? workspace.mutable_data_ptr() : nullptr;
-    const int error = launch(plan, problem, args, memory, current_stream(device));
+    count_first(args, device);
+    CudaChoice choice = cuda_choice_of_environment();
+    CudaPlan plan = plan_cuda(problem, cuda_info(device), choice);
+    int error = launch_plan(plan, problem, args, x);
+    const bool chosen = choice.family || choice.team;
+    if (plan.family == Family::kResident && !chosen && is_refused_launch(error)) {
+      choice.family = Family::kStreaming;
+      plan = plan_cuda(problem, cuda_info(device), choice);
+      error = launch_plan(plan, problem, args, x);
+    }
     if (error != 0) check_launch(error, to_string("CudaPlan", plan));
   }
 
   static void count(int64_t* num_batches_tracked, const Input& x) {
     const int device = x.device.index;
     const torch::stable::accelerator::DeviceGuard guard(device);
+    count_on(num_batches_tracked, device);
+  }
+
+ private:
+  static void count_on(int64_t* num_batches_tracked, int device) {
     check_launch(launch_count(num_batches_tracked, current_stream(device)), "the batch counter");
+  }
+  static void count_first(const ForwardArgs& args, int device) {
+    if (args.num_batches_tracked && args.cumulative) count_on(args.num_batches_tracked, device);
+  }
+  static void count_first(const BackwardArgs&, int) {}
+  static void count_first(const DoubleBackwardArgs&, int) {}
+
+  template <class Args>
+  static int launch_plan(const CudaPlan& plan, const Problem& problem, const Args& args,
+                         const Input& x) {
+    // Freed on return: torch's allocator hands it to later work of the same stream only.
+    const Tensor workspace = plan.workspace_bytes ? allocate(x.device, {plan.workspace_bytes}, {1},
+                                                             aoti_torch_dtype_uint8())
+                                                  : Tensor();
+    void* const memory = plan.workspace_bytes ? workspace.mutable_data_ptr() : nullptr;
+    return launch(plan, problem, args, memory, current_stream(x.device.index));
   }
 };
 
@@ -92,4 +119,6 @@ STABLE_TORCH_LIBRARY_IMPL(bnext, CUDA, m) {
   m.impl("batch_norm_train", TORCH_BOX(&bnext::Ops<bnext::Cuda>::batch_norm_train));
   m.impl("batch_norm_inference", TORCH_BOX(&bnext::Ops<bnext::Cuda>::batch_norm_inference));
   m.impl("batch_norm_backward", TORCH_BOX(&bnext::Ops<bnext::Cuda>::batch_norm_backward));
+  m.impl("batch_norm_double_backward",
+         TORCH_BOX(&bnext::Ops<bnext::Cuda>::batch_norm_double_backward));
 }

@@ -32,39 +32,57 @@ inline std::string to_string(Team team) {
                                   : "stream";
 }
 
-// Memory is a matrix of rows, and a row is cut into accesses of `vector` adjacent elements
-// ("items").
-//   rows:    a row is a segment of one channel in one sample: rows = N * segments, of segment_width
-//            elements (the last segment of a sample may be shorter). `threads / group` adjacent
-//            threads own one channel of the group: thread t takes items t, t + threads / group, ...
-//            of the channel's rows, an item row being padded to whole bytes of a ReLU mask.
-//   columns: a row is everything between two pixels (channels_last, a bin is a channel) or two
-//            samples (short rows: a bin is one pixel of a channel). A group is `group_bins`
-//            adjacent bins = columns of items; thread t owns item column t % columns and takes
-//            rows t / columns, + threads / columns, ...
-// A block of a team owns rows_per_block adjacent rows of the group; the last block has fewer.
+// Memory is cut into accesses of `vector` adjacent elements ("items"), and they are a matrix.
+//   rows:    a column is a channel, a row one of its items, sample after sample, of row_items each.
+//   columns: a column is an item of `vector` adjacent bins, a row everything between two pixels
+//            (channels_last, a bin is a channel) or two samples (short rows: a bin is one pixel of
+//            a channel), of row_items items.
+// How the items of a row of memory end.
+enum class Ends : uint8_t {
+  kWhole,
+  kPadded,  // with items that do not exist, up to a whole byte of the mask
+  kRagged,  // with elements of the rows before and after: rows of odd length, by aligned accesses
+};
+
+inline std::string to_string(Ends ends) {
+  constexpr const char* names[] = {"whole", "padded", "ragged"};
+  return names[static_cast<int>(ends)];
+}
+
+// A group is `group` adjacent channels. Of a block's warps every warp_sets-th has the same columns,
+// 32 / warp_rows adjacent ones (rows: one), and in a step takes warp_rows rows of them. A block of
+// a team owns rows_per_block adjacent rows of the group, the last one fewer.
 struct CudaPlan {
   Family family;
   IndexMap map;
   Team team;
-  int vector;                       // elements per access; divides every row
-  int threads;                      // per block
-  int64_t bins_per_channel;         // columns: HW where short rows are taken as columns, else 1
-  int64_t rows;                     // of the matrix
-  int64_t segments, segment_width;  // rows: of a sample's channel
-  int64_t group;                    // channels of a group; the last one has fewer
+  int vector;                // elements per access
+  int threads;               // per block
+  int warp_rows, warp_sets;  // see above
+  int64_t bins_per_channel;  // columns: HW where short rows are taken as columns, else 1
+  bool interleaved;          // columns: a row is bins_per_channel pixels of all channels instead
+  int64_t rows;              // of the matrix
+  int64_t row_items;         // rows: of a sample's channel
+  Ends ends;                 // rows: of a sample's channel, in items
+  int magic_shift;           // rows: i / row_items is (i * magic >> 32) >> magic_shift, below 2^31
+  uint32_t magic;            // 0: there is one sample
+  int64_t group;             // channels of a group, the last one fewer
   int64_t groups;
-  int64_t columns;  // columns: items of a group side by side
   int64_t team_blocks;
   int64_t teams;  // at work at once; each takes every teams-th group
   int64_t rows_per_block;
   int64_t items_per_thread;   // resident: what a thread keeps of each operand
   int64_t groups_per_launch;  // streaming: what the L2 keeps from the first read to the second
   int64_t launches;
-  int64_t shared_bytes, workspace_bytes;
+  bool keeps_output;  // in the L2, for what reads it next
+  int64_t slab_bytes, shared_bytes, workspace_bytes;
   int64_t bytes_moved, bytes_floor;
 
   constexpr int64_t group_bins() const { return group * bins_per_channel; }
+  // Of a warp's sums, before the warps of a block join theirs: two doubles of each bin.
+  constexpr int64_t scratch_bytes() const {
+    return threads / warp_rows * (map == IndexMap::kRows ? 1 : vector) * int64_t{16};
+  }
 
   // visit(name, pointer to member) for every field: for text, bindings and tests.
   template <class Visit>
@@ -74,19 +92,25 @@ struct CudaPlan {
     visit("team", &CudaPlan::team);
     visit("vector", &CudaPlan::vector);
     visit("threads", &CudaPlan::threads);
+    visit("warp_rows", &CudaPlan::warp_rows);
+    visit("warp_sets", &CudaPlan::warp_sets);
     visit("bins_per_channel", &CudaPlan::bins_per_channel);
+    visit("interleaved", &CudaPlan::interleaved);
     visit("rows", &CudaPlan::rows);
-    visit("segments", &CudaPlan::segments);
-    visit("segment_width", &CudaPlan::segment_width);
+    visit("row_items", &CudaPlan::row_items);
+    visit("ends", &CudaPlan::ends);
+    visit("magic_shift", &CudaPlan::magic_shift);
+    visit("magic", &CudaPlan::magic);
     visit("group", &CudaPlan::group);
     visit("groups", &CudaPlan::groups);
-    visit("columns", &CudaPlan::columns);
     visit("team_blocks", &CudaPlan::team_blocks);
     visit("teams", &CudaPlan::teams);
     visit("rows_per_block", &CudaPlan::rows_per_block);
     visit("items_per_thread", &CudaPlan::items_per_thread);
     visit("groups_per_launch", &CudaPlan::groups_per_launch);
     visit("launches", &CudaPlan::launches);
+    visit("keeps_output", &CudaPlan::keeps_output);
+    visit("slab_bytes", &CudaPlan::slab_bytes);
     visit("shared_bytes", &CudaPlan::shared_bytes);
     visit("workspace_bytes", &CudaPlan::workspace_bytes);
     visit("bytes_moved", &CudaPlan::bytes_moved);
@@ -96,32 +120,41 @@ struct CudaPlan {
   bool operator==(const CudaPlan&) const = default;
 };
 
+// What kernels and plan agree on.
+// Threads of a block: by the kernels' launch bounds, that many registers fill an SM, or two blocks
+// of half as many threads.
 inline constexpr int kMaxCudaThreads = 512;
-// How many threads find registers for the sums and coefficients of their bins among an SM's 65536:
-// 128 each, 168 for four bins, 255 for eight.
-constexpr int max_cuda_threads(IndexMap map, int vector) {
-  return map == IndexMap::kRows || vector == 1 ? kMaxCudaThreads : vector == 4 ? 384 : 256;
-}
+// Elements of an access, of those kernels that would have too few registers for eight of 16 bits:
+// the backward that all activations share (see has_gate_of_its_own), and the double backward.
+inline constexpr int kMaxSharedBackwardVector = 4, kMaxDoubleBackwardVector = 4;
 inline constexpr int kWarpThreads = 32;
 inline constexpr int kMaskBits = 8;  // elements of a row whose mask bits share a byte
 inline constexpr int64_t kMaxGroupBins = 512;
-// Bytes of a block's partial result of one bin (see exchange.cuh).
-inline constexpr int64_t kPartialBytes = 24;
-// Room for the coefficients of a channel, in values of the compute type.
-inline constexpr int64_t kCoefficients = 8;
-// Shared memory for joining the threads of a block: partial results of this many bins.
-inline constexpr int64_t kJoinBins = 512;
+// Shared memory of a channel (see exchange.cuh): a block's partial result, what is kept of it
+// besides, coefficients that come of the sums, and those that need none.
+inline constexpr int64_t kPartialBytes = 32, kRecordBytes = 32, kResultBytes = 32;
+inline constexpr int64_t kPreparedBytes = 64;  // backward
+// A block's partial result of a double backward, in the workspace.
+inline constexpr int64_t kDoubleBackwardPartialBytes = 40;
 
 // What the user forces, for tests and measurements. It only counts in training, where there is a
 // choice. A family or team that cannot serve is an error.
 struct CudaChoice {
   std::optional<Family> family;  // kResident or kStreaming
   std::optional<Team> team;      // of the resident family: not kStream
+  int spare_sms = 0;             // that a grid leaves to others' kernels
 };
+
+// Whether a backward passes dy through no activation, a sign or a mask: kernels are compiled for
+// each of these alone. They write dx, and behind a mask the residual's gradient.
+constexpr bool has_gate_of_its_own(const Problem& p) {
+  const bool is_sign = p.has_mask ? p.act != Act::kLeakyRelu : p.act == Act::kRelu;
+  return p.need_input && p.need_residual == p.has_mask && (p.act == Act::kNone || is_sign);
+}
 
 CudaPlan plan_cuda(const Problem& problem, const CudaInfo& cuda, const CudaChoice& choice = {});
 
-// BNEXT_CUDA_FAMILY and BNEXT_CUDA_TEAM.
+// BNEXT_CUDA_FAMILY, BNEXT_CUDA_TEAM and BNEXT_CUDA_SPARE_SMS.
 CudaChoice cuda_choice_of_environment();
 
 }  // namespace bnext

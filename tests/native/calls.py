@@ -2,16 +2,19 @@
 
 import ctypes
 import math
-from ctypes import c_bool, c_double, c_int, c_int64, c_uint8, c_void_p
+from ctypes import c_bool, c_double, c_int, c_int64, c_uint8, c_uint32, c_void_p
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from bnext._activation import ACTIVATIONS
 from native.emulated import Emulator, Limits
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # as DType
-STAGES = ["train_forward", "eval_forward", "train_backward", "eval_backward"]
+STAGES = [
+    "train_forward", "eval_forward", "train_backward", "eval_backward", "double_backward",
+]  # fmt: skip
 ELEMENTWISE, RESIDENT, STREAMING = range(3)
 ROWS, COLUMNS = range(2)
 BLOCK, CLUSTER, GRID, STREAM = range(4)
@@ -43,11 +46,15 @@ class CudaInfo(Fields):
 class CudaPlan(Fields):
     _fields_ = [
         ("family", c_uint8), ("map", c_uint8), ("team", c_uint8), ("vector", c_int),
-        ("threads", c_int), *((name, c_int64) for name in (
-            "bins_per_channel", "rows", "segments", "segment_width", "group", "groups",
-            "columns", "team_blocks", "teams", "rows_per_block", "items_per_thread",
-            "groups_per_launch", "launches", "shared_bytes", "workspace_bytes", "bytes_moved",
-            "bytes_floor",
+        ("threads", c_int), ("warp_rows", c_int), ("warp_sets", c_int),
+        ("bins_per_channel", c_int64), ("interleaved", c_bool), ("rows", c_int64),
+        ("row_items", c_int64), ("ends", c_uint8), ("magic_shift", c_int), ("magic", c_uint32),
+        *((name, c_int64) for name in (
+            "group", "groups", "team_blocks", "teams", "rows_per_block", "items_per_thread",
+            "groups_per_launch", "launches",
+        )),
+        ("keeps_output", c_bool), *((name, c_int64) for name in (
+            "slab_bytes", "shared_bytes", "workspace_bytes", "bytes_moved", "bytes_floor",
         )),
     ]  # fmt: skip
 
@@ -72,6 +79,17 @@ class BackwardArgs(Fields):
         ("mask", c_void_p), ("weight", Vector), ("bias", Vector), ("save_stats", c_void_p),
         ("running_mean", Vector), ("running_var", Vector), ("grad_input", c_void_p),
         ("grad_residual", c_void_p), ("grad_weight", Vector), ("grad_bias", Vector),
+        ("eps", c_double), ("act_param", c_double),
+    ]  # fmt: skip
+
+
+class DoubleBackwardArgs(Fields):
+    _fields_ = [
+        ("grad_grad_input", c_void_p), ("grad_grad_residual", c_void_p), ("grad_out", c_void_p),
+        ("input", c_void_p), ("residual", c_void_p), ("mask", c_void_p), ("weight", Vector),
+        ("bias", Vector), ("grad_grad_weight", Vector), ("grad_grad_bias", Vector),
+        ("save_stats", c_void_p), ("running_mean", Vector), ("running_var", Vector),
+        ("grad_grad_out", c_void_p), ("grad_input", c_void_p), ("grad_weight", Vector),
         ("eps", c_double), ("act_param", c_double),
     ]  # fmt: skip
 
@@ -107,10 +125,13 @@ def problem(x: Tensor, stage: str, **fields) -> Problem:
         STAGES.index(stage), n, c, math.prod(x.shape[2:]), is_channels_last(x),
         DTYPES.index(x.dtype), 0, False, False, True, True, False, 16,
     )  # fmt: skip
-    fields["act"] = int(fields.pop("relu", False))  # as Act
-    fields.setdefault("has_mask", bool(fields["act"]) and fields.get("residual", False))
+    act = ACTIVATIONS[fields.pop("act", None)]
+    residual = fields.get("residual", False)
+    fields["act"] = act.kind
+    fields.setdefault("has_mask", act.needs == "sign" and residual)
     if "backward" in stage:
-        fields["need_residual"] = fields.pop("residual", False)
+        fields["need_residual"] = residual
+        fields["residual"] = residual and act.needs == "sum"
     for name, value in fields.items():
         setattr(p, name, value)
     return p
@@ -136,23 +157,22 @@ def with_team(plan: CudaPlan, p: Problem, team_blocks: int, teams: int = 0) -> C
     """Cut for teams of another size (of the same kind); 0 teams: one for each group."""
     changed = CudaPlan.from_buffer_copy(plan)
     changed.team_blocks = team_blocks
-    changed.teams = teams or plan.groups
-    changed.rows_per_block = -(-plan.rows // team_blocks)
-    if plan.map == COLUMNS:
-        items = -(-changed.rows_per_block // (plan.threads // plan.columns))
-    else:
-        row_items = -(-plan.segment_width // 8) * (8 // plan.vector)
-        items = -(-changed.rows_per_block * row_items // (plan.threads // plan.group))
+    changed.teams = min(teams or plan.groups, plan.groups)
+    unit = 8 // plan.vector if plan.map == ROWS else 1
+    changed.rows_per_block = -(-plan.rows // (team_blocks * unit)) * unit
     if plan.team == STREAM:
         changed.groups_per_launch = changed.teams
     else:
+        step = plan.threads // 32 // plan.warp_sets * plan.warp_rows
+        changed.items_per_thread = -(-changed.rows_per_block // step)
         operands = 2 if "backward" in STAGES[p.stage] else 1
-        slab = operands * plan.threads * plan.vector * DTYPES[p.dtype].itemsize  # of an item
-        changed.shared_bytes += (items - plan.items_per_thread) * slab
-        changed.items_per_thread = items
+        item = plan.vector * DTYPES[p.dtype].itemsize
+        slab = -(-operands * changed.items_per_thread * plan.threads * item // 32) * 32
+        changed.shared_bytes += slab - plan.slab_bytes
+        changed.slab_bytes = slab
     if plan.team in (GRID, STREAM):
-        parities = 2 if plan.team == GRID else 1
-        changed.workspace_bytes = parities * changed.teams * team_blocks * plan.group * 24
+        entries = team_blocks + (plan.team == GRID)
+        changed.workspace_bytes = changed.teams * entries * plan.group * 32
     return changed
 
 
@@ -183,7 +203,7 @@ def mask_shape(p: Problem) -> tuple[int, int]:
 
 def forward(e: Emulator, plan: CudaPlan, p: Problem, x: Tensor, *, weight=None, bias=None,
             residual=None, frozen=None, running=(None, None), num_batches_tracked=None,
-            momentum=0.1, eps=1e-5) -> Forward:  # fmt: skip
+            momentum=0.1, eps=1e-5, act_param=0.0) -> Forward:  # fmt: skip
     """`momentum` None: the cumulative average. Running statistics are updated in place."""
     training = STAGES[p.stage] == "train_forward"
     output = torch.empty_like(x)
@@ -195,7 +215,7 @@ def forward(e: Emulator, plan: CudaPlan, p: Problem, x: Tensor, *, weight=None, 
         pointer(x), pointer(residual), pointer(output), pointer(mask), vector(weight),
         vector(bias), *map(vector, frozen or (None, None)), *map(vector, running),
         pointer(num_batches_tracked), pointer(save_stats),
-        momentum or 0.0, momentum is None, eps, 0.0,
+        momentum or 0.0, momentum is None, eps, act_param,
     )  # fmt: skip
     if e.library.bnext_forward(ctypes.byref(plan), ctypes.byref(p), ctypes.byref(args)):
         raise EmulatorError(f"{e.error()}: {plan}")
@@ -203,7 +223,8 @@ def forward(e: Emulator, plan: CudaPlan, p: Problem, x: Tensor, *, weight=None, 
 
 
 def backward(e: Emulator, plan: CudaPlan, p: Problem, grad_out: Tensor, x: Tensor, *, weight=None,
-             bias=None, mask=None, save_stats=None, frozen=None, eps=1e-5) -> Backward:  # fmt: skip
+             bias=None, mask=None, save_stats=None, frozen=None, residual=None, eps=1e-5,
+             act_param=0.0) -> Backward:  # fmt: skip
     c, dtype = p.c, torch.float32 if weight is None else weight.dtype
     out = Backward(
         torch.empty_like(x) if p.need_input else None,
@@ -212,10 +233,39 @@ def backward(e: Emulator, plan: CudaPlan, p: Problem, grad_out: Tensor, x: Tenso
         torch.empty(c, dtype=dtype) if p.need_params else None,
     )
     args = BackwardArgs(
-        pointer(grad_out), pointer(x), None, pointer(mask), vector(weight), vector(bias),
-        pointer(save_stats), *map(vector, frozen or (None, None)), pointer(out.input),
-        pointer(out.residual), vector(out.weight), vector(out.bias), eps, 0.0,
+        pointer(grad_out), pointer(x), pointer(residual), pointer(mask), vector(weight),
+        vector(bias), pointer(save_stats), *map(vector, frozen or (None, None)), pointer(out.input),
+        pointer(out.residual), vector(out.weight), vector(out.bias), eps, act_param,
     )  # fmt: skip
     if e.library.bnext_backward(ctypes.byref(plan), ctypes.byref(p), ctypes.byref(args)):
+        raise EmulatorError(f"{e.error()}: {plan}")
+    return out
+
+
+@dataclass
+class DoubleBackward:
+    input: Tensor | None
+    weight: Tensor | None
+    grad_out: Tensor | None
+
+
+def double_backward(e: Emulator, plan: CudaPlan, p: Problem, by: tuple[Tensor | None, ...],
+                    grad_out: Tensor, x: Tensor, *, weight=None, bias=None, mask=None,
+                    save_stats=None, frozen=None, needs=(True, True, True), eps=1e-5,
+                    act_param=0.0) -> DoubleBackward:  # fmt: skip
+    """`by`: grad_grad_input, _weight, _bias and _residual; `needs`: in DoubleBackward's order."""
+    grad_grad_input, grad_grad_weight, grad_grad_bias, grad_grad_residual = by
+    out = DoubleBackward(
+        torch.empty_like(x) if needs[0] else None,
+        torch.empty(p.c, dtype=weight.dtype) if needs[1] else None,
+        torch.empty_like(x) if needs[2] else None,
+    )
+    args = DoubleBackwardArgs(
+        pointer(grad_grad_input), pointer(grad_grad_residual), pointer(grad_out), pointer(x), None,
+        pointer(mask), vector(weight), vector(bias), vector(grad_grad_weight),
+        vector(grad_grad_bias), pointer(save_stats), *map(vector, frozen or (None, None)),
+        pointer(out.grad_out), pointer(out.input), vector(out.weight), eps, act_param,
+    )  # fmt: skip
+    if e.library.bnext_double_backward(ctypes.byref(plan), ctypes.byref(p), ctypes.byref(args)):
         raise EmulatorError(f"{e.error()}: {plan}")
     return out

@@ -88,7 +88,8 @@ class Statistics(ctypes.Structure):
     """Mirrors machine.h."""
 
     _fields_ = [(name, ctypes.c_int64) for name in (
-        "launches", "switches", "barriers", "shuffles", "copies", "bytes_read", "bytes_written",
+        "launches", "switches", "barriers", "shuffles", "copies", "summed_again", "bytes_read",
+        "bytes_written",
     )]  # fmt: skip
 
 

@@ -54,6 +54,7 @@ void switch_to_scheduler() {
 }
 
 void exit_thread(Thread& t) {
+  if (t.arrived) fail("exits before it waited for the cluster's barrier it arrived at", t.where);
   if (!t.copies.empty()) fail("exits before its asynchronous copies were waited for", t.where);
   Block& b = *t.block;
   Barrier* const barriers[] = {&b.warps[t.index / kWarp], &b.barrier, &b.cluster->barrier,
@@ -274,6 +275,29 @@ void sync(Scope scope, Where where) {
     barrier.waiting.clear();
   }
   switch_to_scheduler();
+}
+
+bool any_of_block(bool says, Where where) {
+  Block& b = *running->block;
+  const uint32_t i = running->asked++;
+  b.any[(i + 1) % 3] = false;  // all have read what it was
+  b.any[i % 3] |= says;
+  sync(Scope::kBlock, where);
+  statistics.summed_again += running->index == 0 && b.any[i % 3];
+  return b.any[i % 3];
+}
+
+void arrive_cluster(Where where) {
+  Thread& t = *running;
+  if (shape.cluster_blocks == 1) fail("arrives at a cluster's barrier without a cluster", where);
+  if (t.arrived) fail("arrives at a cluster's barrier twice", where);
+  t.arrived = true;
+}
+
+void wait_cluster(Where where) {
+  if (!running->arrived) fail("waits for a cluster's barrier at which it has not arrived", where);
+  running->arrived = false;
+  sync(Scope::kCluster, where);
 }
 
 uint64_t shuffle_xor(uint64_t bits, int thread_bits, Where where) {

@@ -54,6 +54,9 @@ using Where = std::source_location;
 enum class Scope { kWarp, kBlock, kCluster, kGrid };
 
 void sync(Scope scope, Where where);
+bool any_of_block(bool says, Where where);
+void arrive_cluster(Where where);
+void wait_cluster(Where where);
 uint64_t shuffle_xor(uint64_t bits, int thread_bits, Where where);
 unsigned char* shared_memory();
 void* in_block_of_cluster(void* shared, int rank, Where where);
@@ -124,11 +127,82 @@ inline void from_float(float x, float16& y) {
   y.bits = static_cast<uint16_t>(sign | (((exponent + 14) << 10) + fraction));
 }
 
+// Two elements in a word.
+template <class T>
+inline void unpack(unsigned word, T, float& first, float& second) {
+  first = to_float(T{static_cast<uint16_t>(word)});
+  second = to_float(T{static_cast<uint16_t>(word >> 16)});
+}
+inline float relu(float z) {
+  return z <= 0 ? 0 : z;
+}
+template <bool kRelu, class T>
+inline unsigned pack(float first, float second, T) {
+  T low, high;
+  from_float(kRelu ? relu(first) : first, low);
+  from_float(kRelu ? relu(second) : second, high);
+  return low.bits | static_cast<unsigned>(high.bits) << 16;
+}
+
+inline unsigned nonzero_halves(unsigned word) {
+  return (word & 0xffff ? 0xffff : 0) | (word >> 16 ? 0xffff0000 : 0);
+}
+template <class T>
+inline unsigned greater_halves(unsigned a, unsigned b, T) {
+  float a_values[2], b_values[2];
+  unpack(a, T{}, a_values[0], a_values[1]);
+  unpack(b, T{}, b_values[0], b_values[1]);
+  return (a_values[0] <= b_values[0] ? 0 : 0xffff) | (a_values[1] <= b_values[1] ? 0 : 0xffff0000);
+}
+inline unsigned halves_of_signs(unsigned word, int low) {
+  return (word >> (8 * low + 7) & 1 ? 0xffff : 0) | (word >> (8 * low + 15) & 1 ? 0xffff0000 : 0);
+}
+inline unsigned bits_of(float x) {
+  unsigned bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+inline float float_of(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float quick_exp(float x) {
+  return std::exp(x);
+}
+inline float quick_reciprocal(float x) {
+  return 1 / x;
+}
+
+inline unsigned multiply_high(unsigned a, unsigned b) {
+  return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
+}
+template <class T>
+inline T opaque(T x) {
+  return x;
+}
+inline int log2_of(int power) {
+  return 31 - __builtin_clz(static_cast<unsigned>(power));
+}
+inline unsigned opaque_again(unsigned x) {
+  return x;
+}
+
 inline void sync_block(emulation::Where where = emulation::Where::current()) {
   emulation::sync(emulation::Scope::kBlock, where);
 }
 inline void sync_cluster(emulation::Where where = emulation::Where::current()) {
   emulation::sync(emulation::Scope::kCluster, where);
+}
+inline bool any_of_block(bool says, emulation::Where where = emulation::Where::current()) {
+  return emulation::any_of_block(says, where);
+}
+inline void arrive_cluster(emulation::Where where = emulation::Where::current()) {
+  emulation::arrive_cluster(where);
+}
+inline void wait_cluster(emulation::Where where = emulation::Where::current()) {
+  emulation::wait_cluster(where);
 }
 inline void sync_grid(emulation::Where where = emulation::Where::current()) {
   emulation::sync(emulation::Scope::kGrid, where);
@@ -169,18 +243,29 @@ inline void wait_for_copies() {
 }
 
 template <class T>
-inline T load_streaming(const T* global, emulation::Where where = emulation::Where::current()) {
+inline T load(const T* from, emulation::Where where = emulation::Where::current()) {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
-  emulation::expect_aligned(global, sizeof(T), where);
-  return *global;
+  emulation::expect_aligned(from, sizeof(T), where);
+  return *from;
 }
 template <class T>
-inline void store_streaming(T* global, const T& value,
-                            emulation::Where where = emulation::Where::current()) {
+inline void store(T* to, const T& value, emulation::Where where = emulation::Where::current()) {
   static_assert(sizeof(T) == 2 || sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16);
-  emulation::expect_aligned(global, sizeof(T), where);
-  *global = value;
+  emulation::expect_aligned(to, sizeof(T), where);
+  *to = value;
 }
+template <class T>
+inline T load_streaming(const T* from, emulation::Where where = emulation::Where::current()) {
+  return load(from, where);
+}
+struct Keep {
+  explicit Keep(bool) {}
+  template <class T>
+  void store(T* global, const T& value,
+             emulation::Where where = emulation::Where::current()) const {
+    bnext::store(global, value, where);
+  }
+};
 
 template <class Args>
 inline cudaError_t launch(void (*kernel)(Args), const LaunchShape& shape, void*, const Args& args) {

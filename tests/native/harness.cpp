@@ -52,8 +52,8 @@ extern "C" {
 
 // sizeof what ctypes mirrors.
 void bnext_sizes(int64_t* sizes) {
-  const int64_t all[] = {sizeof(Problem), sizeof(CudaInfo), sizeof(CudaPlan), sizeof(ForwardArgs),
-                         sizeof(BackwardArgs)};
+  const int64_t all[] = {sizeof(Problem),     sizeof(CudaInfo),     sizeof(CudaPlan),
+                         sizeof(ForwardArgs), sizeof(BackwardArgs), sizeof(DoubleBackwardArgs)};
   std::memcpy(sizes, all, sizeof all);
 }
 
@@ -90,7 +90,10 @@ int bnext_forward(const CudaPlan* plan, const Problem* problem, const ForwardArg
                                         Kind::kState, "num_batches_tracked");
   a.save_stats = on.statistics(a.save_stats, Kind::kOutput);
   void* const workspace = on.memory.scratch(plan->workspace_bytes);
-  return finish(on.memory, launch(*plan, *problem, a, workspace, nullptr));
+  int error = 0;
+  if (a.num_batches_tracked && a.cumulative) error = launch_count(a.num_batches_tracked, nullptr);
+  if (error == 0) error = launch(*plan, *problem, a, workspace, nullptr);
+  return finish(on.memory, error);
 }
 
 int bnext_count(int64_t* num_batches_tracked) {
@@ -118,6 +121,30 @@ int bnext_backward(const CudaPlan* plan, const Problem* problem, const BackwardA
   a.grad_residual = on.tensor(a.grad_residual, Kind::kOutput, "grad_residual");
   a.grad_weight = on.vector(a.grad_weight, Kind::kOutput, "grad_weight");
   a.grad_bias = on.vector(a.grad_bias, Kind::kOutput, "grad_bias");
+  void* const workspace = on.memory.scratch(plan->workspace_bytes);
+  return finish(on.memory, launch(*plan, *problem, a, workspace, nullptr));
+}
+
+int bnext_double_backward(const CudaPlan* plan, const Problem* problem,
+                          const DoubleBackwardArgs* host) {
+  emulation::clear_error();
+  OnDevice on{*problem, {}};
+  DoubleBackwardArgs a = *host;
+  a.grad_grad_input = on.tensor(a.grad_grad_input, Kind::kInput, "grad_grad_input");
+  a.grad_grad_residual = on.tensor(a.grad_grad_residual, Kind::kInput, "grad_grad_residual");
+  a.grad_out = on.tensor(a.grad_out, Kind::kInput, "grad_out");
+  a.input = on.tensor(a.input, Kind::kInput, "the input");
+  a.mask = on.mask(a.mask, Kind::kInput);
+  a.weight = on.vector(a.weight, Kind::kConstant, "the weight");
+  a.bias = on.vector(a.bias, Kind::kConstant, "the bias");
+  a.grad_grad_weight = on.vector(a.grad_grad_weight, Kind::kConstant, "grad_grad_weight");
+  a.grad_grad_bias = on.vector(a.grad_grad_bias, Kind::kConstant, "grad_grad_bias");
+  a.save_stats = on.statistics(a.save_stats, Kind::kConstant);
+  a.running_mean = on.vector(a.running_mean, Kind::kConstant, "the running mean");
+  a.running_var = on.vector(a.running_var, Kind::kConstant, "the running variance");
+  a.grad_grad_out = on.tensor(a.grad_grad_out, Kind::kOutput, "grad_grad_out");
+  a.grad_input = on.tensor(a.grad_input, Kind::kOutput, "grad_input");
+  a.grad_weight = on.vector(a.grad_weight, Kind::kOutput, "grad_weight");
   void* const workspace = on.memory.scratch(plan->workspace_bytes);
   return finish(on.memory, launch(*plan, *problem, a, workspace, nullptr));
 }

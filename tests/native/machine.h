@@ -33,6 +33,7 @@ struct Limits {
 
 struct Statistics {
   int64_t launches, switches, barriers, shuffles, copies;
+  int64_t summed_again;               // blocks whose floats were no good, by any_of_block
   int64_t bytes_read, bytes_written;  // of tensors, by instrumented kernels
 };
 
@@ -60,6 +61,8 @@ struct Thread {
   Block* block;
   int index;                // in its block
   uint32_t passed[4] = {};  // barriers, of each scope
+  uint32_t asked = 0;       // calls of any_of_block
+  bool arrived = false;     // at a cluster's barrier that it will wait for
   Fiber fiber;
   const char* waits = nullptr;  // for what
   Where where;
@@ -90,6 +93,7 @@ struct Block {
   size_t alive;
   std::unique_ptr<unsigned char, void (*)(void*)> shared{nullptr, std::free};
   bool started = false;
+  bool any[3] = {};                    // answers of any_of_block, in turn
   uint32_t accessed_by_others_at = 0;  // 1 + their cluster barriers before
 };
 

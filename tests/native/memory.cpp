@@ -87,6 +87,7 @@ bool ordered_before_running(const Access& a) {
 Access access_of_running() {
   Access a{running->block->number, running->index};
   std::copy(std::begin(running->passed), std::end(running->passed), a.passed);
+  a.passed[static_cast<int>(Scope::kCluster)] += running->arrived;  // the next one orders it
   return a;
 }
 
@@ -151,7 +152,8 @@ void check_owner(const Region& region) {
   if (passed == 0)
     fail_at("accesses " + region.name + " before a barrier of the cluster tells that it runs");
   if (region.exited) fail_at("accesses " + region.name + ", which has exited");
-  owner.accessed_by_others_at = std::max(owner.accessed_by_others_at, passed + 1);
+  const uint32_t next = passed + running->arrived + 1;
+  owner.accessed_by_others_at = std::max(owner.accessed_by_others_at, next);
 }
 
 void check_state(const Region& region, uintptr_t address, State& state, Use use) {

@@ -4,11 +4,14 @@ Each call runs twice: with every access checked (races, bounds, bytes never writ
 waited for), and without, in another order drawn at random; the results are the same bits.
 """
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from bnext._activation import ACTIVATIONS
 from cases import DTYPES, dtype_id, make, shape_id
 from native import calls
 from native.calls import BLOCK, CLUSTER, COLUMNS, GRID, RESIDENT, ROWS, SMALL, STREAMING
@@ -23,8 +26,10 @@ LAYOUTS = {
     (1, ROWS): ((3, 5, 71, 1), NCHW),
     (8, COLUMNS): ((6, 72, 5, 2), NHWC),
     (4, COLUMNS): ((6, 68, 5, 2), NHWC),
-    (1, COLUMNS): ((6, 67, 5, 2), NHWC),
+    (1, COLUMNS): ((5, 67, 5, 3), NHWC),
 }
+# Accesses of several elements all the same: rows of odd length, and of few channels.
+RAGGED, INTERLEAVED = ((3, 8, 9, 9), NCHW), ((8, 3, 6, 4), NHWC)
 SHORT_ROWS = {8: (9, 24, 7, 7), 4: (9, 20, 7, 7), 1: (9, 5, 7, 3)}
 WIDEST = {torch.float32: 4, torch.float64: 1, torch.bfloat16: 8, torch.float16: 8}
 TEAMS = {"block": BLOCK, "cluster": CLUSTER, "grid": GRID, "stream": None}
@@ -50,7 +55,7 @@ def test_training(dtypes, v, index_map, layout, team) -> None:
     affine = [(True, True), (False, True), (True, False), (False, False)][number % 4]
     plan = check_training(make(*layout, dtypes, affine=affine), setting)
     assert (plan.vector, plan.map) == (v, index_map)
-    setting.relu = True
+    setting.act = "relu"
     check_training(make(*layout, dtypes), setting)
     check_training(make(*layout, dtypes, residual=True), setting)
 
@@ -59,23 +64,48 @@ def test_training(dtypes, v, index_map, layout, team) -> None:
 @pytest.mark.parametrize("v", SHORT_ROWS)
 def test_short_rows_are_columns(v, team) -> None:
     setting = Setting(family=STREAMING if team == "stream" else RESIDENT, team=TEAMS[team],
-                      info=SMALL, relu=True)  # fmt: skip
+                      info=SMALL, act="relu")  # fmt: skip
     plan = check_training(make(SHORT_ROWS[v], NCHW, DTYPES[2]), setting)
     channel = SHORT_ROWS[v][2] * SHORT_ROWS[v][3]
     assert (plan.vector, plan.map, plan.bins_per_channel) == (v, COLUMNS, channel)
 
 
+@pytest.mark.parametrize("team", TEAMS)
+@pytest.mark.parametrize("dtypes", [DTYPES[i] for i in (0, 2, 4)], ids=dtype_id)
+@pytest.mark.parametrize("layout", [RAGGED, INTERLEAVED], ids=shape_id)
+@pytest.mark.parametrize("act", [None, "relu", "leaky_relu", "silu"])
+def test_odd_rows_by_wide_accesses(act, layout, dtypes, team) -> None:
+    setting = Setting(act, STREAMING if team == "stream" else RESIDENT, TEAMS[team], SMALL)
+    plan = check_training(make(*layout, dtypes), setting)
+    assert plan.vector == WIDEST[dtypes[0]]
+    assert plan.interleaved == (layout == INTERLEAVED)
+    assert (plan.ends == 2) == (layout == RAGGED)
+    check_training(make(*layout, dtypes, residual=True), setting)
+
+
+@pytest.mark.parametrize("act", [act for act in ACTIVATIONS if act not in (None, "relu")])
+@pytest.mark.parametrize("dtypes", [DTYPES[i] for i in (0, 1, 2, 4)], ids=dtype_id)
+@pytest.mark.parametrize("residual", [False, True])
+def test_activations(act, dtypes, residual) -> None:
+    for (v, _), layout in LAYOUTS.items():
+        if v <= WIDEST[dtypes[0]] and not (dtypes[0] == torch.float64 and v > 1):
+            case = make(*layout, dtypes, residual=residual)
+            for team in (BLOCK, None):
+                family = RESIDENT if team == BLOCK else STREAMING
+                check_training(case, Setting(act, family, team, SMALL))
+
+
 @pytest.mark.parametrize("layout", [((9, 3, 10, 12), NCHW), ((9, 40, 5, 3), NHWC)], ids=shape_id)
 @pytest.mark.parametrize("blocks", [2, 4, 8, 16])
 def test_sizes_of_clusters(blocks, layout) -> None:
-    setting = Setting(team=CLUSTER, team_blocks=blocks, relu=True)
+    setting = Setting(team=CLUSTER, team_blocks=blocks, act="relu")
     check_training(make(*layout, DTYPES[2], residual=True), setting)
 
 
 @pytest.mark.parametrize("layout", [((9, 7, 10, 12), NCHW), ((9, 130, 3, 3), NHWC)], ids=shape_id)
 @pytest.mark.parametrize(("blocks", "teams"), [(3, 2), (1, 3), (5, 1)])
 def test_grids_of_teams_that_take_turns(blocks, teams, layout) -> None:
-    setting = Setting(team=GRID, team_blocks=blocks, teams=teams, relu=True)
+    setting = Setting(team=GRID, team_blocks=blocks, teams=teams, act="relu")
     check_training(make(*layout, DTYPES[0]), setting)
 
 
@@ -90,7 +120,7 @@ def test_streaming_in_ranges(blocks, teams, layout) -> None:
 @pytest.mark.parametrize("team", TEAMS)
 def test_odd_sizes(team, shape) -> None:
     setting = Setting(family=STREAMING if team == "stream" else RESIDENT, team=TEAMS[team],
-                      info=SMALL, relu=True)  # fmt: skip
+                      info=SMALL, act="relu")  # fmt: skip
     check_training(make(shape, NCHW, DTYPES[0]), setting)
 
 
@@ -111,13 +141,14 @@ GPUS = st.builds(
 @given(
     n=st.integers(1, 12), c=st.integers(1, 130), h=st.integers(1, 20), w=st.integers(1, 20),
     memory_format=st.sampled_from([NCHW, NHWC]), dtypes=st.sampled_from(DTYPES), info=GPUS,
-    relu=st.booleans(), residual=st.booleans(), family=st.sampled_from([-1, RESIDENT, STREAMING]),
+    act=st.sampled_from(list(ACTIVATIONS)), residual=st.booleans(),
+    family=st.sampled_from([-1, RESIDENT, STREAMING]),
     team=st.sampled_from([None, *range(3)]),
 )  # fmt: skip
-def test_any_problem(n, c, h, w, memory_format, dtypes, info, relu, residual, family, team) -> None:
+def test_any_problem(n, c, h, w, memory_format, dtypes, info, act, residual, family, team) -> None:
     assume(n * h * w > 1)
     case = make((n, c, h, w), memory_format, dtypes, residual=residual)
-    setting = Setting(relu, family, team if family == RESIDENT else None, info)
+    setting = Setting(act, family, team if family == RESIDENT else None, info)
     try:
         check_training(case, setting)
     except calls.EmulatorError as e:
@@ -128,17 +159,43 @@ def test_any_problem(n, c, h, w, memory_format, dtypes, info, relu, residual, fa
 def test_every_kernel_is_launched_by_some_plan() -> None:
     e = both().plain
     e.kernels()  # forgets what was launched before
-    for dtypes, _, _, layout in (p.values for p in layouts()):
+    odd = [(DTYPES[i], 1, ROWS, ((3, 5, 71, 1), NCHW)) for i in (0, 1, 2, 4)]
+    odd += [(DTYPES[0], 4, ROWS, ((3, 5, 9, 8), NCHW)), (DTYPES[2], 4, ROWS, ((3, 5, 9, 8), NCHW))]
+    odd += [(DTYPES[i], 4, ROWS, ((3, 5, 17, 4), NCHW)) for i in (0, 2, 4)]
+    odd += [(DTYPES[i], 8, ROWS, RAGGED) for i in (0, 2, 4)]
+    odd += [(DTYPES[i], 4, ROWS, ((3, 4, 13, 13), NCHW)) for i in (2, 4)]
+    for dtypes, _, _, layout in [*(p.values for p in layouts()), *odd]:
         case = make(*layout, dtypes)
         stats = calls.save_stats(case.running_mean, case.running_var)
-        for family in (RESIDENT, STREAMING):
-            p = calls.problem(case.x, "train_forward")
-            calls.forward(e, calls.plan(e, p, SMALL, family), p, case.x)
-            p = calls.problem(case.x, "train_backward")
+        for act, residual, family in product(
+            (None, "relu", "silu"), (False, True), (RESIDENT, STREAMING)
+        ):
+            added = {"act": act, "residual": residual}
+            z = case.grad_out if residual else None
+            p = calls.problem(case.x, "train_forward", **added)
+            calls.forward(e, calls.plan(e, p, SMALL, family), p, case.x, residual=z)
+            p = calls.problem(case.x, "train_backward", **added)
+            mask = torch.zeros(calls.mask_shape(p), dtype=torch.uint8) if p.has_mask else None
+            z = z if p.residual else None
             plan = calls.plan(e, p, SMALL, family)
-            calls.backward(e, plan, p, case.grad_out, case.x, save_stats=stats)
-        p = calls.problem(case.x, "eval_backward")
-        calls.backward(e, calls.plan(e, p), p, case.grad_out, case.x, frozen=case.stats)
+            calls.backward(
+                e, plan, p, case.grad_out, case.x, save_stats=stats, mask=mask, residual=z
+            )
+            p = calls.problem(case.x, "eval_backward", **added)
+            for needs in (True, False):
+                p.need_params = needs
+                calls.backward(
+                    e, calls.plan(e, p), p, case.grad_out, case.x, frozen=case.stats, mask=mask,
+                    residual=z,
+                )  # fmt: skip
+        for masked in (False, True):
+            p = calls.problem(case.x, "double_backward", act="relu", has_mask=masked)
+            mask = torch.zeros(calls.mask_shape(p), dtype=torch.uint8) if masked else None
+            by = (case.grad_out, None, None, None)
+            calls.double_backward(
+                e, calls.plan(e, p, SMALL), p, by, case.grad_out, case.x, weight=case.weight,
+                mask=mask, save_stats=stats,
+            )  # fmt: skip
     p = calls.problem(case.x, "train_forward")
     calls.forward(
         e, calls.plan(e, p), p, case.x, num_batches_tracked=torch.tensor(0), momentum=None

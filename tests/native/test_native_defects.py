@@ -12,13 +12,16 @@ import torch
 
 from cases import DTYPES, make
 from native import calls, emulated
-from native.calls import BLOCK, CLUSTER, GRID, SMALL, STREAMING
+from native.calls import BLOCK, CLUSTER, GRID, RESIDENT, SMALL, STREAMING
 from native.checks import Setting, packed
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
-STATEMENT = re.compile(r"\b(?:sync_(?:block|cluster|grid)|commit_copies|wait_for_copies<\d>)\(\);")
+STATEMENT = re.compile(
+    r"\b(?:sync_(?:block|cluster|grid)|(?:arrive|wait)_cluster|commit_copies"
+    r"|wait_for_copies<[^>]*>)\(\);|\bany_of_block\(any\)"
+)
 CONDITION = re.compile(
-    r"!?items\.(?:valid\(item\)|joins\(\))(?=[;) ])|\bchannel < channels(?= |\))"
+    r"(?:!?items\.(?:valid\(k\)|owns\(\))|!valid)(?=[;) ])|\bchannel < channels(?= |\))"
 )
 FILES = sorted(p for p in emulated.CSRC.glob("cuda/*.cuh") if p.name != "device.cuh")
 
@@ -48,6 +51,8 @@ def with_switches(name: str, text: str) -> str:
             changed = f"if (!({chosen})) {what}"
             # Behind an `if` of its own the new one would take the next `else`.
             lines[line - 1] = lines[line - 1].replace(what, f"{{ {changed} }}")
+        elif what.startswith("any_of_block"):
+            lines[line - 1] = lines[line - 1].replace(what, f"({chosen} ? any : {what})")
         elif what.startswith("!"):
             lines[line - 1] = lines[line - 1].replace(what, f"!({chosen}) && {what}")
         else:
@@ -60,8 +65,8 @@ def emulator() -> emulated.Emulator:
     return emulated.kernels_with_defects("checked", with_switches)
 
 
-def errors(e: emulated.Emulator) -> Iterator[str]:
-    """What is found in calls of every kind, in turn."""
+def outcomes(e: emulated.Emulator) -> Iterator[str | int]:
+    """What comes of calls of every kind, in turn."""
     settings = [
         Setting(team=BLOCK), Setting(team=CLUSTER), Setting(team=GRID, team_blocks=3, teams=2),
         Setting(team=GRID, team_blocks=2, teams=1), Setting(family=STREAMING, info=SMALL),
@@ -78,7 +83,7 @@ def errors(e: emulated.Emulator) -> Iterator[str]:
             stats = calls.save_stats(case.running_mean, case.running_var)
             mask = packed(case.grad_out > 0, case.x)
             for masked in (True, False):
-                fields = {"relu": True, "residual": masked}
+                fields = {"act": "relu", "residual": masked}
                 p = calls.problem(case.x, f"{stage}_forward", **fields)
                 yield attempt(calls.forward, e, setting.plan(e, p), p, case.x, bias=case.bias,
                               residual=case.residual if masked else None,
@@ -88,27 +93,44 @@ def errors(e: emulated.Emulator) -> Iterator[str]:
                               mask=mask if masked else None,
                               save_stats=None if frozen else stats,
                               frozen=case.stats if frozen else None)  # fmt: skip
+                if setting.family != RESIDENT:
+                    p = calls.problem(case.x, "double_backward", act="relu", has_mask=masked)
+                    by = (case.residual, case.weight, case.bias, case.residual)
+                    yield attempt(calls.double_backward, e, calls.plan(e, p, SMALL), p, by,
+                                  case.grad_out, case.x, weight=case.weight, bias=case.bias,
+                                  mask=mask if masked else None,
+                                  save_stats=None if frozen else stats,
+                                  frozen=case.stats if frozen else None)  # fmt: skip
 
 
-def attempt(call, *args, **kwargs) -> str:
+def attempt(call, e: emulated.Emulator, *args, **kwargs) -> str | int:
+    """The error, or the bytes of tensors that were read."""
+    e.statistics()
     try:
-        call(*args, **kwargs)
-    except calls.EmulatorError as e:
-        return str(e)
-    return ""
+        call(e, *args, **kwargs)
+    except calls.EmulatorError as error:
+        return str(error)
+    return e.statistics().bytes_read
 
 
 def test_there_is_something_to_remove() -> None:
-    assert {"sync_block();", "sync_cluster();", "sync_grid();", "commit_copies();",
-            "items.valid(item)"} <= {what for *_, what in SITES}  # fmt: skip
+    found = {what for *_, what in SITES}
+    for what in ("sync_block", "sync_cluster", "arrive_cluster", "wait_cluster", "sync_grid"):
+        assert f"{what}();" in found
+    assert {"commit_copies();", "any_of_block(any)", "!items.valid(k)"} <= found
 
 
-def test_nothing_is_found_where_nothing_is_removed(emulator) -> None:
+@pytest.fixture(scope="module")
+def right(emulator) -> list[str | int]:
     emulator.library.bnext_set_defect(-1)
-    assert not [error for error in errors(emulator) if error]
+    return list(outcomes(emulator))
+
+
+def test_nothing_is_found_where_nothing_is_removed(right) -> None:
+    assert not [outcome for outcome in right if isinstance(outcome, str)]
 
 
 @pytest.mark.parametrize("number", range(len(SITES)), ids=lambda i: "-".join(map(str, SITES[i])))
-def test_every_removal_is_found(emulator, number) -> None:
+def test_every_removal_is_found(emulator, right, number) -> None:
     emulator.library.bnext_set_defect(number)
-    assert any(errors(emulator))
+    assert any(got != wanted for got, wanted in zip(outcomes(emulator), right, strict=True))

@@ -14,6 +14,7 @@ from native.checks import Setting, both, check_gradients, check_training, packed
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 LAYOUTS = [((3, 5, 9, 8), NCHW), ((6, 72, 5, 2), NHWC), ((9, 24, 7, 7), NCHW)]
+ODD_LAYOUTS = [((3, 8, 9, 9), NCHW), ((8, 3, 6, 4), NHWC)]
 TEAMS = {
     "block": Setting(team=BLOCK),
     "cluster": Setting(team=CLUSTER),
@@ -44,12 +45,12 @@ def with_running_stats(case, setting: Setting, momentum, count):
     return states[0]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=shape_id)
+@pytest.mark.parametrize("layout", LAYOUTS + ODD_LAYOUTS, ids=shape_id)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=dtype_id)
 @pytest.mark.parametrize("after", ["plain", "relu", "residual"])
 def test_frozen_statistics(dtypes, layout, after) -> None:
     case = make(*layout, dtypes, residual=after == "residual")
-    setting = Setting(relu=after != "plain", family=-1, info=SMALL)
+    setting = Setting(act=None if after == "plain" else "relu", family=-1, info=SMALL)
     affine = {"weight": case.weight, "bias": case.bias}
     y = forward(case, setting, "eval_forward", residual=case.residual, frozen=case.stats, **affine)
     expected = reference.forward(
@@ -58,10 +59,10 @@ def test_frozen_statistics(dtypes, layout, after) -> None:
         case.bias,
         case.residual,
         case.stats,
-        act="relu" if setting.relu else None,
+        act=setting.act,
     )
     criterion.assert_as_good_as_torch(y.output, None, expected.output, expected.magnitude)
-    active = y.output > 0 if setting.relu else None
+    active = y.output > 0 if setting.act else None
     mask = packed(active, case.x) if after == "residual" else None
     gradients = reference.backward(case.grad_out, case.x, case.weight, case.stats, active=active)
     for need_input, need_params in [(True, True), (True, False), (False, True)]:
@@ -116,11 +117,11 @@ def test_momentum_nan_is_no_cumulative_average(team) -> None:
 @pytest.mark.parametrize("stage", ["train_backward", "eval_backward"])
 def test_a_mask_where_only_sums_are_wanted(stage, layout) -> None:
     case, frozen = make(*layout, DTYPES[0], residual=True), stage == "eval_backward"
-    setting = Setting(relu=True, family=-1, info=SMALL)
+    setting = Setting(act="relu", family=-1, info=SMALL)
     active = torch.rand_like(case.x) > 0.5
     mean, var = case.stats if frozen else reference.batch_stats(case.x)
     save_stats = None if frozen else calls.save_stats(mean, (var + 1e-5).rsqrt())
-    p = calls.problem(case.x, stage, relu=True, has_mask=True, need_input=False)
+    p = calls.problem(case.x, stage, act="relu", has_mask=True, need_input=False)
     grads = both().run(lambda e: calls.backward(
         e, setting.plan(e, p), p, case.grad_out, case.x, weight=case.weight, bias=case.bias,
         mask=packed(active, case.x), save_stats=save_stats, frozen=case.stats if frozen else None,
@@ -183,9 +184,13 @@ def test_resident_reads_memory_once(team, layout) -> None:
     size = case.x.numel() * case.x.element_size()
     p = problem(case, setting, "train_forward")
     e.statistics()
-    y = calls.forward(e, setting.plan(e, p), p, case.x)
+    plan = setting.plan(e, p)
+    y = calls.forward(e, plan, p, case.x)
     s = e.statistics()
-    assert (s.bytes_read, s.bytes_written) == (size, size + y.save_stats.numel() * 8)
+    # And 32 values of each channel for a pilot, in each block that has some.
+    pilots = 32 * case.x.element_size() * case.x.shape[1] * -(-plan.rows // plan.rows_per_block)
+    assert s.bytes_read == size + pilots
+    assert s.bytes_written == size + y.save_stats.numel() * 8
     assert s.launches == 1
     p = problem(case, setting, "train_backward", need_params=False)
     calls.backward(e, setting.plan(e, p), p, case.grad_out, case.x, save_stats=y.save_stats)
@@ -205,13 +210,13 @@ def test_every_order_gives_the_same_bits(team) -> None:
     assert all(torch.equal(outputs[0], y) for y in outputs)
 
 
-def test_rows_in_segments() -> None:
+def test_blocks_share_a_row() -> None:
     case = make((1, 2, 40, 33), NCHW, DTYPES[0])
     for team in TEAMS.values():
         plan = check_training(case, team)
     p = problem(case, TEAMS["cluster"], "train_forward")
     plan = TEAMS["cluster"].plan(both().plain, p)
-    assert plan.segments > 1 and plan.family == RESIDENT
+    assert plan.rows_per_block < plan.row_items and plan.family == RESIDENT
 
 
 def test_parameters_may_be_strided() -> None:
@@ -237,7 +242,10 @@ def test_an_empty_batch_is_counted() -> None:
 
 
 def test_structures_are_as_large_as_those_they_mirror() -> None:
-    sizes = (ctypes.c_int64 * 5)()
+    sizes = (ctypes.c_int64 * 6)()
     both().plain.library.bnext_sizes(sizes)
-    mirrors = [calls.Problem, calls.CudaInfo, calls.CudaPlan, calls.ForwardArgs, calls.BackwardArgs]
+    mirrors = [
+        calls.Problem, calls.CudaInfo, calls.CudaPlan, calls.ForwardArgs, calls.BackwardArgs,
+        calls.DoubleBackwardArgs,
+    ]  # fmt: skip
     assert list(sizes) == [ctypes.sizeof(m) for m in mirrors]

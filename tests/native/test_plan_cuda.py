@@ -4,7 +4,6 @@ from itertools import product
 from math import prod
 
 import pytest
-import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -14,13 +13,15 @@ from bnext import _C
 KIB, MIB = 1024, 1024 * 1024
 GPUS = {
     **bnext.introspect.GPUS,
-    "H100 with portable clusters": _C.CudaInfo(90, 132, 228 * KIB, 227 * KIB, 50 * MIB, 8),
+    "H100 with portable clusters": _C.CudaInfo(90, 132, 228 * KIB, 227 * KIB, 48 * MIB, 8),
 }
-STAGES = ["train_forward", "eval_forward", "train_backward", "eval_backward"]
+STAGES = [
+    "train_forward", "eval_forward", "train_backward", "eval_backward", "double_backward",
+]  # fmt: skip
 SIZES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 # What kernels are instantiated for: elements per access.
 VECTORS = {"float32": {4, 1}, "float64": {1}, "bfloat16": {8, 4, 1}, "float16": {8, 4, 1}}
-PARTIAL_BYTES, JOIN_BINS, COEFFICIENTS = 24, 512, 8
+PARTIAL_BYTES, RECORD_BYTES, RESULT_BYTES, PREPARED_BYTES = 32, 32, 32, 64
 # C and the height of the 53 batch norms of ResNet-50.
 RESNET50 = [
     (64, 112), (64, 56), (128, 56), (256, 56), (128, 28), (256, 28), (512, 28), (256, 14),
@@ -36,10 +37,6 @@ def plan(n, c, hw, stage="train_forward", *, channels_last=False, dtype="bfloat1
 
 def ceil(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def aligned(count: int) -> int:
-    return ceil(count, 16) * 16
 
 
 problems = st.tuples(
@@ -58,62 +55,82 @@ def check(problem, gpu, p, needs=(True, True), alignment=16) -> None:
         n, hw, channels_last = 1, n * hw, False
     elif hw == 1:
         channels_last = True
-    size, operands = SIZES[dtype], 2 if "backward" in stage else 1
-    backward, training = "backward" in stage, "train" in stage
+    size, backward, double = SIZES[dtype], "backward" in stage, stage == "double_backward"
+    training = "train" in stage or double
+    operands = 3 if double else 2 if backward else 1
     applies = not backward or needs[0] or residual
-    sums = training or (backward and needs[1])
+    sums = training or (backward and (needs[1] or double))
 
     # The kernels there are.
     assert p.vector in VECTORS[dtype] and p.vector * size <= 16
     assert p.vector == 1 or p.vector * size <= alignment
-    # Threads of the launch bounds: sums and coefficients of eight bins take registers.
-    most = 512 if p.index_map == "rows" else {1: 512, 4: 384, 8: 256}[p.vector]
-    assert p.threads % 32 == 0 and 32 <= p.threads <= most
+    assert p.threads % (32 * p.warp_sets) == 0 and 32 <= p.threads <= 512, "the launch bounds"
     teams_of = {"resident": {"block", "cluster", "grid"}}.get(p.family, {"stream"})
     assert p.team in teams_of
     assert p.family == ("elementwise" if not sums else p.family)
-    assert p.family in (("resident", "streaming") if training else ("elementwise", "streaming"))
+    families = ("resident", "streaming") if training else ("elementwise", "streaming")
+    assert p.family in (("streaming",) if double else families)
     assert p.family != "resident" or applies, "what only sums reads once anyway"
 
     # Groups of channels, and rows of them.
     bins = p.group * p.bins_per_channel
     assert 1 <= bins <= 512 and p.groups == ceil(c, p.group)
+    masked = residual and act == "relu"
     if p.index_map == "rows":
         assert not channels_last and p.bins_per_channel == 1
-        assert p.threads % (32 * p.group) == 0, "whole warps for each channel"
-        assert (p.segments - 1) * p.segment_width < hw <= p.segments * p.segment_width
-        assert p.rows == n * p.segments and hw % p.vector == 0
-        if p.segments > 1:
-            assert p.group == 1 and p.segment_width % 64 == 0
-        row_items = ceil(p.segment_width, 8) * (8 // p.vector)
-        items = ceil(p.rows_per_block * row_items, p.threads // p.group)
+        assert (p.warp_rows, p.warp_sets) == (32, p.group), "whole warps for each channel"
+        assert (p.ends == "padded") == (masked and hw % 8 != 0)
+        if p.ends == "ragged":
+            assert p.vector > 1 and hw % 4 != 0 and not masked and not double
+            assert c * hw % p.vector == 0, "rows begin at the same place in each sample"
+            assert p.row_items == ceil(p.vector - 1 + hw, p.vector)
+        else:
+            assert hw % p.vector == 0
+            assert p.row_items == (ceil(hw, 8) * 8 if p.ends == "padded" else hw) // p.vector
+        assert p.rows == n * p.row_items
+        assert p.rows_per_block % (8 // p.vector) == 0, "whole bytes of a mask"
+        assert p.row_items > 1 or n == 1
+        for i in {0, p.row_items - 1, p.row_items, 7 * p.row_items, 2**31 - 1}:
+            if n > 1:
+                assert (i * p.magic >> 32) >> p.magic_shift == i // p.row_items
     else:
-        assert p.segments == 1 and p.columns * p.vector == ceil(bins, 8) * 8
-        assert 1 <= p.columns <= p.threads and p.columns * p.vector <= JOIN_BINS
-        assert p.bins_per_channel == (1 if channels_last else hw)
-        assert channels_last or not (act == "relu" and residual), (
-            "mask bytes belong to rows of memory"
-        )
+        columns = 32 // p.warp_rows
+        assert (p.ends, p.magic) == ("whole", 0)
+        assert columns & (columns - 1) == 0 and bins <= columns * p.warp_sets * p.vector
+        assert p.warp_sets == 1 or columns == 32
+        assert not masked or columns * p.vector >= 8, "neighbours in a byte share a warp"
+        if p.interleaved:
+            assert (
+                channels_last and not masked and p.groups == 1 and n * hw % p.bins_per_channel == 0
+            )
+        else:
+            assert p.bins_per_channel == (1 if channels_last else hw)
+        assert channels_last or not masked, "mask bytes belong to rows of memory"
         assert c * p.bins_per_channel % p.vector == 0
         assert p.groups == 1 or bins % 8 == 0
-        assert p.groups == 1 or bins * size >= 64, "DRAM fills half lines of 64 bytes"
-        assert p.rows == (n * hw if channels_last else n)
-        items = ceil(p.rows_per_block, p.threads // p.columns)
+        assert p.groups == 1 or bins * size >= 128, "a line of memory"
+        assert p.row_items * p.vector == c * p.bins_per_channel
+        assert p.rows == (n * hw // p.bins_per_channel if channels_last else n)
+    items = ceil(p.rows_per_block, p.threads // 32 // p.warp_sets * p.warp_rows)
     assert p.team_blocks * p.rows_per_block >= p.rows
     assert p.team == "cluster" or (p.team_blocks - 1) * p.rows_per_block < p.rows
-    assert max(p.rows_per_block, p.segment_width) < 2**31
+    assert p.rows_per_block < 2**31 and (
+        p.index_map == "rows" or p.rows_per_block == 1 or p.rows_per_block * p.row_items < 2**32
+    )
 
     # What a block, a team and a launch may be.
     resident = p.family == "resident"
     assert p.items_per_thread == (items if resident else 0)
-    slabs = operands * p.items_per_thread * p.threads * p.vector * size
+    slabs = ceil(operands * p.items_per_thread * p.threads * p.vector * size, 32) * 32
+    bins_of_thread = 1 if p.index_map == "rows" else p.vector
+    channel = PARTIAL_BYTES + RECORD_BYTES + RESULT_BYTES + PREPARED_BYTES * backward
+    assert p.slab_bytes == slabs
     assert p.shared_bytes == (
-        aligned(slabs) + aligned(JOIN_BINS * PARTIAL_BYTES) + aligned(bins * PARTIAL_BYTES)
-        + aligned(p.group * COEFFICIENTS * (8 if dtype == "float64" else 4))
-    )  # fmt: skip
+        slabs + p.threads // p.warp_rows * bins_of_thread * 16 + p.group * channel
+    )
     assert p.shared_bytes <= gpu.shared_bytes_per_block
     assert 1 <= p.teams * p.team_blocks < 2**31
-    partials = p.teams * p.team_blocks * p.group * PARTIAL_BYTES
+    partials = p.teams * p.team_blocks * p.group * (40 if double else PARTIAL_BYTES)
     turns = ceil(p.groups, p.teams)
     if p.team == "block":
         assert p.team_blocks == 1
@@ -123,7 +140,10 @@ def check(problem, gpu, p, needs=(True, True), alignment=16) -> None:
         assert p.teams * p.team_blocks <= gpu.sms, "all blocks of a cooperative launch run at once"
     else:
         assert p.teams == p.groups_per_launch <= p.groups
-    assert p.workspace_bytes == {"grid": 2 * partials, "stream": sums * partials}.get(p.team, 0)
+    results = p.teams * p.group * RESULT_BYTES
+    assert p.workspace_bytes == {"grid": partials + results, "stream": sums * partials}.get(
+        p.team, 0
+    )
     if not (training and applies) and p.family == "streaming":
         assert p.launches == 2 and turns == 1, "one pass, then what becomes of the sums"
     else:
@@ -131,7 +151,7 @@ def check(problem, gpu, p, needs=(True, True), alignment=16) -> None:
 
     # Bytes.
     tensor = prod((n, c, hw)) * size
-    reads = (2 if backward and (needs[1] or act != "none" or training) else 1) * tensor
+    reads = (operands if needs[1] or act != "none" or training else 1) * tensor
     mask = n * hw * ceil(c, 8) if channels_last else n * c * ceil(hw, 8)
     added = {"none": 0, "relu": mask, "silu": tensor * backward}[act]
     floor = reads + needs[0] * tensor + residual * (tensor + added)
@@ -191,9 +211,11 @@ def test_every_kernel_is_chosen_by_some_plan() -> None:
     for dtype, vectors in VECTORS.items():
         for vector, index_map, stage in product(vectors, ("rows", "columns"), STAGES):
             families = ("resident", "streaming") if "train" in stage else ("elementwise",)
+            if stage == "double_backward":
+                families = ("streaming",) if vector <= 4 else ()
             wanted |= {(dtype, vector, index_map, stage, family) for family in families}
         for n, c, hw, last, stage, needs_params in product(
-            (2, 256, 1 << 18), (24, 36, 7), (1, 35, 36, 49, 128, 132, 641**2, 642**2, 640**2),
+            (2, 256, 1 << 18), (24, 36, 7, 131), (1, 35, 36, 49, 128, 132, 641**2, 642**2, 640**2),
             (False, True), STAGES, (False, True),
         ):  # fmt: skip
             p = plan(
@@ -218,9 +240,9 @@ def test_every_team_is_chosen_by_some_plan() -> None:
 def test_resnet_is_resident_in_bf16(gpu, stage, n) -> None:
     for c, h in RESNET50:
         p = plan(n, c, h * h, stage, gpu=gpu)
-        assert p.family == "resident" and p.vector == 8, (c, h, p)
-        # A slab of 32 channels, 64 bytes wide, in the shared memory of all SMs but its overhead.
-        slab = n * h * h * 64 * (2 if "backward" in stage else 1)
+        assert p.family == "resident" and p.vector == (4 if h == 14 else 8), (c, h, p)
+        # A slab of 64 channels, a line wide, in the shared memory of all SMs but its overhead.
+        slab = n * h * h * 128 * (2 if "backward" in stage else 1)
         last = plan(n, c, h * h, stage, channels_last=True, gpu=gpu)
         if slab < 0.93 * GPUS[gpu].sms * GPUS[gpu].shared_bytes_per_block:
             assert last.family == "resident" and last.vector == 8, (c, h, last)
@@ -287,15 +309,19 @@ def test_what_is_asked_for_decides_the_passes() -> None:
         (64, 56 * 56, False, "float32", 16, "rows", 4),
         (64, 56 * 56, False, "float32", 8, "rows", 1),
         (64, 56 * 56, False, "float64", 8, "rows", 1),
-        (64, 14 * 14, False, "bfloat16", 16, "columns", 8),
+        (64, 14 * 14, False, "bfloat16", 16, "rows", 4),
         (64, 7 * 7, False, "bfloat16", 16, "columns", 8),
         (64, 7 * 7, False, "float32", 16, "columns", 4),
         (63, 7 * 7, False, "bfloat16", 16, "columns", 1),
-        (64, 15 * 15, False, "bfloat16", 16, "rows", 1),
+        (64, 15 * 15, False, "bfloat16", 16, "rows", 8),
+        (4, 15 * 15, False, "bfloat16", 16, "rows", 4),
+        (63, 15 * 15, False, "bfloat16", 16, "rows", 1),
         (64, 4, False, "bfloat16", 16, "columns", 8),
         (64, 1, False, "bfloat16", 16, "columns", 8),
         (60, 49, True, "bfloat16", 16, "columns", 4),
-        (3, 224 * 224, True, "bfloat16", 16, "columns", 1),
+        (3, 224 * 224, True, "bfloat16", 16, "columns", 8),
+        (67, 49, True, "bfloat16", 16, "columns", 4),
+        (131, 49, True, "bfloat16", 16, "columns", 1),
         (64, 49, True, "bfloat16", 2, "columns", 1),
     ],
 )  # fmt: skip
@@ -362,37 +388,12 @@ def test_plans_compare_and_print() -> None:
         assert word in repr(p)
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("gpu", GPUS)
-def test_explain_without_a_gpu(gpu, memory_format, training) -> None:
-    shape, last = (32, 64, 56, 56), memory_format is torch.channels_last
-    e = bnext.explain(shape, torch.bfloat16, memory_format, training, GPUS[gpu], "relu", True)
-    stage = "train" if training else "eval"
-    for p, direction in ((e.forward, "forward"), (e.backward, "backward")):
-        assert p == plan(32, 64, 56 * 56, f"{stage}_{direction}", channels_last=last, act="relu",
-                         residual=True, gpu=gpu)  # fmt: skip
-        blocks = f"{p.team_blocks} blocks" if p.team != "block" else "one block"
-        for word in (p.family, p.index_map, blocks, f"launches: {p.launches}"):
-            assert word in str(e)
-    assert f"{GPUS[gpu].sms} SMs" in str(e)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU answers")
-def test_explain_says_what_to_give_it_where_there_is_no_gpu() -> None:
-    for device in ("cuda", "cuda:0", torch.device("cuda", 1)):
-        with pytest.raises(ValueError, match=r"cannot be asked|built without CUDA") as error:
-            bnext.explain((2, 3, 4, 5), device=device)
-        assert 'bnext.introspect.GPUS["H200"]' in str(error.value)
-    with pytest.raises(ValueError, match="not for xpu"):
-        bnext.explain((2, 3, 4, 5), device="xpu")
-
-
-def test_explain_of_the_gpu_that_is_there() -> None:
-    if not (torch.cuda.is_available() and bnext.build_info()["cuda"]):
-        pytest.skip("needs a GPU and CUDA kernels in bnext._C")
-    e = bnext.explain((2, 3, 4, 5), device="cuda")
-    properties = torch.cuda.get_device_properties(0)
-    assert e.device.sms == properties.multi_processor_count
-    assert e.device.capability == 10 * properties.major + properties.minor
-    assert e.device.l2_bytes == properties.L2_cache_size
+def test_the_backward_that_activations_share_takes_four_elements() -> None:
+    for act, residual, vector in (("none", False, 8), ("relu", False, 8), ("relu", True, 8),
+                                  ("relu6", True, 8), ("relu6", False, 4), ("leaky_relu", True, 4),
+                                  ("silu", False, 4), ("silu", True, 4)):  # fmt: skip
+        for last in (False, True):
+            p = plan(32, 64, 56 * 56, "train_backward", channels_last=last, act=act,
+                     residual=residual)  # fmt: skip
+            assert p.vector == vector, (act, residual)
+            assert plan(32, 64, 56 * 56, channels_last=last, act=act).vector == 8

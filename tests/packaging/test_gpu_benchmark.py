@@ -236,11 +236,12 @@ def test_on_gpu_dry_run_prints_every_part(tmp_path) -> None:
     assert result.returncode == 0, result.stderr
     for command_line in (
         "setup.py build_ext --inplace", "FAIL_WITHOUT_CUDA=1 nowhere/python -m pytest",
-        "bnext.verify --device cuda", "benchmarks gpu", "benchmarks resnet50", "benchmarks dram",
+        "bnext.verify --device cuda --small", "--ignore tests/native", "benchmarks gpu",
+        "benchmarks resnet50", "benchmarks dram",
         *(f"--tool {tool}" for tool in ("memcheck", "racecheck", "synccheck", "initcheck")),
     ):  # fmt: skip
         assert command_line in result.stdout
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"summary.txt", "logs.tgz"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"summary.txt", "logs", "done"}
 
 
 def test_on_gpu_refuses_what_it_does_not_know(tmp_path) -> None:
@@ -259,6 +260,9 @@ def test_on_gpu_goes_on_after_a_failure_and_reports_it(tmp_path) -> None:
     assert [line.partition(" after")[0] for line in lines] == [
         "build: exit status 0", "verify: exit status 3", "bench: exit status 0",
     ]  # fmt: skip
+    again = on_gpu(tmp_path / "out", "verify", "bench", PYTHON=str(python))
+    assert again.returncode == 1
+    assert "=== verify" in again.stdout and "=== bench" not in again.stdout, "that is done"
     assert on_gpu(tmp_path / "out", "bench", PYTHON=str(python)).returncode == 0
 
 

@@ -1,37 +1,46 @@
-"""What nvcc makes of the kernels: no warnings, no spills, registers and shared memory in bounds.
+"""What nvcc makes of the kernels: no warnings, no spills, registers in bounds, short hot loops.
 
 Compiled for each architecture alone, once for each change of the sources (build/nvcc).
 """
 
-import os
 import re
-import shlex
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-import ninja
 import pytest
 
 import bnext
-import setup
+from benchmarks import sass
 
-ROOT = Path(__file__).resolve().parents[2]
-OBJECTS = {
-    file.stem + variant: (file, flags)
-    for file in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-    for variant, flags in setup.cuda_variants(file).items()
-}
-ARCHS = ["sm_80", "sm_90a", "sm_100"]
-FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-cubin", "-Xptxas", "-v",
-         "-Werror", "all-warnings"]  # fmt: skip
-# An SM's 65536 among the threads of a block (max_cuda_threads in csrc/cuda/plan.h), by the bins
-# whose sums a thread keeps.
-MAX_REGISTERS = {1: 128, 4: 168, 8: 255}
+# All that setup.py compiles for Hopper, and but for float16, which is bfloat16 with other
+# conversions, for the others.
+COMPILED = [
+    (arch, name)
+    for arch in ("sm_80", "sm_90a", "sm_100", "sm_120")
+    for name in sass.objects()
+    if arch == "sm_90a" or not name.endswith(".float16")
+]
+# An SM's 65536 among two blocks of half kMaxCudaThreads (csrc/cuda/plan.h): 16 warps.
+MAX_REGISTERS = 128
 # All shared memory is dynamic, the plan counts it.
 MAX_STATIC_SHARED_BYTES = 0
 MAX_SPILL_BYTES = 0
+# Instructions an element of the hot loops of bfloat16 in 16-byte accesses on sm_90a, rows and
+# columns: what lets memory be the limit.
+LIMITS = {
+    r"resident_forward_kernel<\w+, 8, \d, 0, [01], false>": 11,
+    r"resident_forward_kernel<\w+, 8, \d, 0, 1, true>": 15,
+    r"resident_backward_kernel<\w+, 8, \d, 0, 0>": 15,
+    r"resident_backward_kernel<\w+, 8, \d, 0, 1>": 16,
+    r"resident_backward_kernel<\w+, 8, \d, 0, 2>": 18,
+    r"apply_forward_kernel<\w+, 8, \d, 0, [01], false>": 6,
+    r"reduce_backward_kernel<\w+, 8, \d, 0, 0, true>": 12,
+    # Rows of odd length.
+    r"resident_forward_kernel<\w+, 8, 0, 2, [01], false>": 23,
+    r"resident_backward_kernel<\w+, 8, 0, 2, [01]>": 29,
+}
+MAX_FP64 = 0.25
 
 
 @dataclass
@@ -44,42 +53,16 @@ class Usage:
     registers: int
     shared_bytes: int
 
-    def bins(self) -> int:
-        columns = re.search(r"<\w+, (?:\(int\))?(\d), \(bnext::IndexMap\)1>", self.kernel)
-        return int(columns[1]) if columns else 1
-
-
-def nvcc() -> str:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    found = shutil.which("nvcc", path=f"{home}/bin" if home else None)
-    if not found:
-        pytest.skip("no nvcc: the CUDA kernels were not compiled by it")
-    return found
-
 
 @pytest.fixture(scope="module")
 def logs() -> Path:
     """A folder with nvcc's output for each file and architecture."""
     if not bnext.build_info()["cuda"]:
         pytest.skip(f"bnext was built without CUDA: {bnext.build_info()['cuda_missing']}")
-    folder = ROOT / "build" / "nvcc"
-    folder.mkdir(parents=True, exist_ok=True)
-    flags = shlex.join(FLAGS + setup.host_compiler())
-    lines = [
-        "rule nvcc",
-        f"  command = {nvcc()} {flags} $more -arch=$arch -MD -MF $out.d $in "
-        "-o $out > $out.log 2>&1 || { cat $out.log; exit 1; }",
-        "  depfile = $out.d",
-        "  deps = gcc",
-    ]
-    for arch in ARCHS:
-        for name, (file, more) in OBJECTS.items():
-            lines += [f"build {name}.{arch}: nvcc {file}", f"  arch = {arch}", f"  more = {more}"]
-    (folder / "build.ninja").write_text("\n".join(lines) + "\n")
-    command = [Path(ninja.BIN_DIR) / "ninja", "-C", folder, "-k", "0", "-j", setup.max_jobs()]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-10000:]
-    return folder
+    try:
+        return sass.compile_kernels(COMPILED)
+    except sass.MissingToolError as error:
+        pytest.skip(f"the CUDA kernels were not compiled: {error}")
 
 
 def usages(log: str) -> list[Usage]:
@@ -97,15 +80,41 @@ def usages(log: str) -> list[Usage]:
     return found
 
 
-@pytest.mark.parametrize("name", OBJECTS)
-@pytest.mark.parametrize("arch", ARCHS)
-def test_resources(logs, name, arch) -> None:
+@pytest.mark.parametrize(("arch", "name"), COMPILED)
+def test_resources(logs, arch, name) -> None:
     kernels = usages((logs / f"{name}.{arch}.log").read_text())
     assert kernels
     over = [
         k for k in kernels
-        if k.registers > MAX_REGISTERS[k.bins()] or k.shared_bytes > MAX_STATIC_SHARED_BYTES
+        if k.registers > MAX_REGISTERS or k.shared_bytes > MAX_STATIC_SHARED_BYTES
         or max(k.spill_stores, k.spill_loads) > MAX_SPILL_BYTES
+    ]  # fmt: skip
+    assert not over, "\n".join(map(str, over))
+
+
+@pytest.fixture(scope="module")
+def counted(logs) -> list[sass.Kernel]:
+    try:
+        return [
+            k for name in sass.objects() if "bfloat16" in name
+            for k in sass.measure(logs / f"{name}.sm_90a", "sm_90a")
+        ]  # fmt: skip
+    except sass.MissingToolError as error:
+        pytest.skip(f"the kernels' instructions were not counted: {error}")
+
+
+@pytest.mark.parametrize("pattern", LIMITS)
+def test_instructions_of_hot_loops(counted, pattern) -> None:
+    kernels = [k for k in counted if re.search(pattern, k.kernel)]
+    assert kernels, "no such kernel"
+    over = [k for k in kernels if not 0 < k.total <= LIMITS[pattern]]
+    assert not over, "\n".join(map(str, over))
+
+
+def test_hot_loops_leave_double_and_local_memory_alone(counted) -> None:
+    over = [
+        k for k in counted if "__nv_bfloat16, 8" in k.kernel
+        and (k.fp64 > MAX_FP64 or k.local or k.warps < 16)
     ]  # fmt: skip
     assert not over, "\n".join(map(str, over))
 

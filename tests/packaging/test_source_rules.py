@@ -45,7 +45,7 @@ def torch_free() -> list[Path]:
     names = ("bindings.cpp", "problem.h", "moments.h", "formulas.h", "activation.h")
     names += ("cpu/schedule.h", "cpu/probe.h", "cpu/unit.h", "cpu/walk.h", "cpu/gradient.h")
     names += ("cpu/body.h", "cpu/rows.h", "cpu/columns.h", "cpu/coefficients.h", "cpu/row_mask.h")
-    names += ("cuda/launch.h", "cuda/device_info.h")
+    names += ("cuda/launch.h", "cuda/device_info.h", "cuda/cut.h")
     files = [CSRC / name for name in names] + sorted(CSRC.rglob("plan.*"))
     files += [p for p in CXX if p.parent.name == "cpu" and re.search("kernels|^vec", p.stem)]
     return files + [p for p in CXX if p.suffix in {".cu", ".cuh"}]

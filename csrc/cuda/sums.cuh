@@ -1,0 +1,79 @@
+// A thread's sums over its items, of two products of each value: no float takes more than four
+// addends in a row (4 items, then 4 such tiles, then double), so their error does not grow with the
+// number of values. Where a float was no good, because its sums cancel, over- or underflow, the
+// block sums again in double (see exchange.cuh), which costs the common path no registers.
+#pragma once
+
+#include "items.cuh"
+
+namespace bnext {
+
+// Items in registers together, and tiles of them between two flushes to double.
+inline constexpr int kTile = 4, kTilesToFlush = 4;
+
+template <class C, int kBins>
+struct Sums {
+  C a[kBins] = {}, b[kBins] = {};  // of up to four tiles
+  double total_a[kBins] = {}, total_b[kBins] = {};
+
+  // Of a tile: sums of each element's place in an item, of which those of a bin join as a tree.
+  template <int V>
+  __device__ void add(C (&x)[V], C (&y)[V]) {
+#pragma unroll
+    for (int d = V / 2; d >= kBins && d > 0; d /= 2)
+#pragma unroll
+      for (int v = 0; v < d; ++v) x[v] += x[v + d], y[v] += y[v + d];
+#pragma unroll
+    for (int v = 0; v < kBins; ++v) a[v] += x[v], b[v] += y[v];
+  }
+  __device__ void flush() {
+#pragma unroll
+    for (int v = 0; v < kBins; ++v) {
+      total_a[v] += static_cast<double>(a[v]);
+      total_b[v] += static_cast<double>(b[v]);
+      a[v] = b[v] = 0;
+    }
+  }
+};
+
+// Calls add(k, how many) for items [first, last) that a thread has, `first` being the first of a
+// tile, or of what no tile holds.
+template <class Items, class Sums, class Add>
+__device__ inline void sum_items(const Items& items, int first, int last, Sums& sums,
+                                 const Add& add) {
+  if (!items.owns()) return;
+  const int full = last < items.full() ? last : items.full(), tiles = full - full % kTile;
+  int k = first;
+#pragma unroll 1
+  while (k < tiles) {
+    const int end = k + kTile * kTilesToFlush < tiles ? k + kTile * kTilesToFlush : tiles;
+#pragma unroll 1
+    for (; k < end; k += kTile) add(k, Count<kTile>{});
+    sums.flush();
+  }
+#pragma unroll 1
+  for (; k < last; ++k) {
+    if (!items.valid(k)) continue;
+    add(k, Count<1>{});
+    if (Items::kAllChecked) sums.flush();
+  }
+  sums.flush();
+}
+
+// The same sums in double: get(k, v, a, b) adds those of element v of item k.
+template <int V, class Items, class Sums, class Get>
+__device__ inline void sum_again(const Items& items, Sums& sums, const Get& get) {
+  sums = {};
+#pragma unroll 1
+  for (int v = 0; v < V; ++v) {
+    double a = 0, b = 0;
+#pragma unroll 1
+    for (int k = 0; k < items.total(); ++k)
+      if (items.valid(k)) get(k, v, a, b);
+#pragma unroll
+    for (int bin = 0; bin < Items::kBins; ++bin)
+      if (Items::kBins == 1 || v == bin) sums.total_a[bin] += a, sums.total_b[bin] += b;
+  }
+}
+
+}  // namespace bnext
