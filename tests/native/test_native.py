@@ -146,7 +146,7 @@ GPUS = st.builds(
     team=st.sampled_from([None, *range(3)]),
 )  # fmt: skip
 def test_any_problem(n, c, h, w, memory_format, dtypes, info, act, residual, family, team) -> None:
-    assume(n * h * w > 1)
+    assume(h * w > 1)  # calls with one pixel are columns: see canonical
     case = make((n, c, h, w), memory_format, dtypes, residual=residual)
     setting = Setting(act, family, team if family == RESIDENT else None, info)
     try:

@@ -106,7 +106,9 @@ def run(
 ) -> Results:
     """Forward, backward, and the derivatives of the backward's results times `by`."""
     x, weight, residual = case.x, case.weight, case.residual
-    p = calls.problem(x, "train_forward", relu=relu, residual=residual is not None)
+    p = calls.problem(
+        x, "train_forward", act="relu" if relu else None, residual=residual is not None
+    )
     header = Header(p, cpu, calls.DTYPES.index(weight.dtype), training)
     inputs = (x, weight, case.bias, residual, *case.stats, case.grad_out, *by)
     data = b"".join(
