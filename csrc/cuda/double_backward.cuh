@@ -140,10 +140,10 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
     for (int v = 0; v < V; ++v) {
       const double u = static_cast<double>(values.u[v]), g = static_cast<double>(values.g[v]);
       const double xmu = static_cast<double>(values.x[v]) - static_cast<double>(operands.mean(v));
-      const double products[] = {u, g, u * xmu, g * xmu, u * g};
-#pragma unroll
-      for (int i = 0; i < 5; ++i)
-        (i % 2 ? sums[i / 2].total_b : sums[i / 2].total_a)[v % kBins] += products[i];
+      const int bin = v % kBins;
+      sums[0].total_a[bin] += u, sums[0].total_b[bin] += g;
+      sums[1].total_a[bin] += u * xmu, sums[1].total_b[bin] += g * xmu;
+      sums[2].total_a[bin] += u * g;
     }
   }
   DoubleBackwardSums* const to = double_backward_sums_of(call, team, rank);
