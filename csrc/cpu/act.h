@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../activation.h"
+#include "plan.h"
 #include "vec_math.h"
 #include "walk.h"
 
@@ -14,12 +15,12 @@ enum class Kind { kNone, kRelu, kAny };
 // f(the kind).
 template <class F>
 inline void with_kind(Act act, F f) {
-  if (act == Act::kNone)
-    f(std::integral_constant<Kind, Kind::kNone>{});
+  if (is_any(act))
+    f(std::integral_constant<Kind, Kind::kAny>{});
   else if (act == Act::kRelu)
     f(std::integral_constant<Kind, Kind::kRelu>{});
   else
-    f(std::integral_constant<Kind, Kind::kAny>{});
+    f(std::integral_constant<Kind, Kind::kNone>{});
 }
 
 // Any activation, known at run time. What it calls takes four vectors at once, which hides its

@@ -15,14 +15,9 @@ struct Outputs {
 // f': 1, ReLU's where the mask or z made again from x has it pass, or that of any activation.
 enum class Slope { kOne, kMask, kInput, kAny };
 
-// Any activation's dy f', which the sums have computed, waits in the memory of a gradient for what
-// writes dx, unless storing it would round it.
-template <class T>
-inline constexpr bool kStages = sizeof(T) == sizeof(compute_t<T>);
-
 template <class T>
 constexpr int outputs(Slope slope, Outputs wanted) {
-  if (!wanted.batch && !wanted.frozen) return slope == Slope::kAny && kStages<T>;
+  if (!wanted.batch && !wanted.frozen) return slope == Slope::kAny && stages(sizeof(T));
   return slope == Slope::kMask || slope == Slope::kAny ? 2 : 1;  // where there can be a residual
 }
 
@@ -35,7 +30,7 @@ struct Backward : BodyOf<T, kIndexMap, 2 + (kSlope == Slope::kAny), outputs<T>(k
   static constexpr bool kMakesZ = kSlope == Slope::kInput || kSlope == Slope::kAny;
   static constexpr bool kReadsInput = kWanted.sums || kWanted.batch || kMakesZ;
   static constexpr int kTogether = kSlope == Slope::kAny ? AnyAct<T>::kUnits : 1;
-  static constexpr bool kInPlace = kWanted.batch && kSlope == Slope::kOne && kStages<T>;
+  static constexpr bool kInPlace = kWanted.batch && kSlope == Slope::kOne && stages(sizeof(T));
   BackwardArrays arrays;
   AnyAct<T> act;
 
@@ -155,9 +150,15 @@ struct Table {
   template <class A, Outputs kWanted>
   static void backward(const CpuPlan& p, const Task& task, const BackwardArrays& arrays,
                        const BackwardArgs& args, Act act, Sums sums) {
-    const bool any = act != Act::kNone && act != Act::kRelu, stages = any && kStages<T>;
-    T *const dx = static_cast<T*>(args.grad_input), *const dz = static_cast<T*>(args.grad_residual);
-    T* const staged = !stages ? nullptr : dz ? dz : dx;
+    constexpr bool kApplies = kWanted.batch || kWanted.frozen;
+    void* const staged = args.grad_residual ? args.grad_residual : args.grad_input;
+    constexpr bool kReadsStaged = kWanted.batch && stages(sizeof(T));
+    if (kReadsStaged && is_any(act)) {
+      BackwardArgs rest = args;
+      rest.grad_out = staged;
+      if (args.grad_input) backward<A, kWanted>(p, task, arrays, rest, Act::kNone, sums);
+      return;
+    }
     const auto run = [&]<Slope kSlope>(std::integral_constant<Slope, kSlope>) {
       with_map(p.map, [&](auto map) {
         // Next to an activation sums that nobody asked for cost little.
@@ -165,10 +166,13 @@ struct Table {
         constexpr Outputs kComputed{kSums, kWanted.batch, kWanted.frozen};
         Backward<T, map, A, kSlope, kComputed> body;
         body.in[0] = static_cast<const T*>(args.input);
-        body.in[1] = body.kInPlace && stages ? staged : static_cast<const T*>(args.grad_out);
+        body.in[1] = static_cast<const T*>(args.grad_out);
         if constexpr (kSlope == Slope::kAny) body.in[2] = static_cast<const T*>(args.residual);
-        body.out[0] = kWanted.batch || kWanted.frozen ? dx : staged;
-        if constexpr (body.kOutputs == 2) body.out[1] = dz;
+        if constexpr (kApplies)
+          body.out[0] = static_cast<T*>(args.grad_input);
+        else
+          body.out[0] = is_any(act) ? static_cast<T*>(staged) : nullptr;
+        if constexpr (body.kOutputs == 2) body.out[1] = static_cast<T*>(args.grad_residual);
         body.mask = const_cast<uint8_t*>(args.mask);
         body.arrays = arrays;
         body.act = {act, args.act_param};
@@ -179,12 +183,10 @@ struct Table {
       });
     };
     constexpr bool kRare = kWanted.sums && sizeof(A) > sizeof(C);
-    constexpr bool kStaged = kWanted.batch && kStages<T>;
-    if constexpr (!kStaged)
-      if (kRare || any) return run(std::integral_constant<Slope, Slope::kAny>{});
+    if constexpr (!kReadsStaged)
+      if (kRare || is_any(act)) return run(std::integral_constant<Slope, Slope::kAny>{});
     if constexpr (!kRare) {
-      if (kStaged && any && !dx) return;
-      if (act == Act::kNone || (kStaged && any))
+      if (act == Act::kNone)
         run(std::integral_constant<Slope, Slope::kOne>{});
       else if (args.mask)
         run(std::integral_constant<Slope, Slope::kMask>{});

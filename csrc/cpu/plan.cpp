@@ -89,9 +89,9 @@ CpuPlan plan_cpu(const Problem& p, const CpuInfo& cpu) {
   plan.bytes_floor = p.bytes_floor();
   const bool misses =
       plan.family == Family::kStreaming && p.applies() && p.bytes_read() > cpu.l3_bytes / 2;
-  // Any activation's dy f' waits in grad_residual or else dx; in 16 bits it is computed twice.
-  const bool any = p.stage == Stage::kTrainBackward && p.act != Act::kNone && p.act != Act::kRelu;
-  const bool more = any && (element_bytes == 2 ? p.residual : !p.need_residual);
+  // What is staged in dx is written twice; else the residual is read once more.
+  const bool more = p.stage == Stage::kTrainBackward && is_any(p.act) &&
+                    (stages(element_bytes) ? !p.need_residual : p.residual);
   plan.bytes_moved =
       plan.bytes_floor + (misses ? p.bytes_read() : 0) + (misses && more ? p.bytes() : 0);
   return plan;

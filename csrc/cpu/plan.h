@@ -79,6 +79,16 @@ struct CpuPlan {
   bool operator==(const CpuPlan&) const = default;
 };
 
+// Activations that have no kernels of their own.
+constexpr bool is_any(Act act) {
+  return act != Act::kNone && act != Act::kRelu;
+}
+// Whether the sums of a backward leave any activation's dy f'(z) in the memory of grad_residual, or
+// else grad_input, for what writes dx: not where storing it would round it, as in 16 bits.
+constexpr bool stages(int64_t element_bytes) {
+  return element_bytes > 2;
+}
+
 // Fresh outputs from here on are advised to use huge pages.
 inline constexpr int64_t kHugePageMinBytes = 4 << 20;
 

@@ -16,6 +16,12 @@ namespace bnext {
 // What is read of a channel once; in place of it, later, the gradients of its parameters.
 struct ChannelStatistics {
   double mean, low, invstd, weight;
+
+  // What the mean loses where it is rounded to C, as kernels subtract it.
+  template <class C>
+  __device__ double rounding() const {
+    return mean - static_cast<double>(static_cast<C>(mean)) + low;
+  }
 };
 static_assert(sizeof(ChannelStatistics) <= kRecordBytes);
 
@@ -79,15 +85,15 @@ __device__ inline Quad<C> finish_backward(const BackwardCall& call, const Shared
                                           int channel, Pair sums) {
   auto& record = reinterpret_cast<ChannelStatistics*>(shared.records)[channel];
   const ChannelStatistics s = record;
-  sums.b -= (s.mean - static_cast<double>(static_cast<C>(s.mean)) + s.low) * sums.a;
+  const double rounding = s.rounding<C>();
+  sums.b -= rounding * sums.a;
   const double count = static_cast<double>(call.problem.count());
   const InputGrad<double> grad =
       make_input_grad<double>(s.mean, s.invstd, s.weight, sums.a / count, sums.b / count);
-  const double error = s.mean - static_cast<double>(static_cast<C>(s.mean)) + s.low;
   const double unit = unit_of(s.invstd, static_cast<C>(s.mean));
   record = {sums.a, sums.b * s.invstd, 0, 0};
   return {static_cast<C>(grad.a), static_cast<C>(grad.b * (s.invstd / unit)),
-          static_cast<C>(grad.c - grad.b * error * s.invstd), 0};
+          static_cast<C>(grad.c - grad.b * rounding * s.invstd), 0};
 }
 
 __device__ inline void write_param_grads(const BackwardCall& call, const SharedLayout& shared,

@@ -160,10 +160,9 @@ __device__ inline void finish_double_backward(const DoubleBackwardCall& call, in
                                               DoubleBackwardChannel<C>& known, bool writes) {
   const DoubleBackwardArgs& args = call.args;
   const ChannelStatistics s = statistics_of(call, c);
-  const double rounding = s.mean - static_cast<double>(static_cast<C>(s.mean)) + s.low;
   const DoubleBackwardCoefficients k = make_double_backward(
-      known.sums, static_cast<double>(call.problem.count()), is_frozen(args), rounding, s.invstd,
-      s.weight, read(args.grad_grad_weight, c, 0), read(args.grad_grad_bias, c, 0));
+      known.sums, static_cast<double>(call.problem.count()), is_frozen(args), s.rounding<C>(),
+      s.invstd, s.weight, read(args.grad_grad_weight, c, 0), read(args.grad_grad_bias, c, 0));
   if (writes) write(args.grad_weight, c, k.grad_weight);
   known.terms = {known.terms.affine,    static_cast<C>(s.invstd), static_cast<C>(k.a_u),
                  static_cast<C>(k.a_h), static_cast<C>(k.a_1),    static_cast<C>(k.b_g),

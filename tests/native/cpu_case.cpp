@@ -14,6 +14,7 @@ struct Header {
   CpuInfo cpu;
   DType params;  // and running statistics
   bool training;
+  double act_param;
 };
 
 using Bytes = std::vector<unsigned char>;
@@ -76,6 +77,7 @@ void run(const Header& h) {
   forward.frozen_mean = in(frozen_mean), forward.frozen_var = in(frozen_var);
   forward.running_mean = out(running_mean), forward.running_var = out(running_var);
   forward.save_stats = optional(stats), forward.momentum = 0.1, forward.eps = kEps;
+  forward.act_param = h.act_param;
   with_schedule(h, h.training ? Stage::kTrainForward : Stage::kEvalForward, [&](auto schedule) {
     h.training ? schedule.train_forward(forward) : schedule.eval_forward(forward);
   });
@@ -86,6 +88,7 @@ void run(const Header& h) {
   backward.running_mean = in(frozen_mean), backward.running_var = in(frozen_var);
   backward.grad_input = dx.data(), backward.grad_residual = optional(dr);
   backward.grad_weight = out(dw), backward.grad_bias = out(db), backward.eps = kEps;
+  backward.act_param = h.act_param;
   with_schedule(h, h.training ? Stage::kTrainBackward : Stage::kEvalBackward,
                 [&](auto schedule) { schedule.backward(backward); });
 
@@ -96,9 +99,10 @@ void run(const Header& h) {
   second.grad_grad_weight = in(ggw), second.grad_grad_bias = in(ggb);
   second.running_mean = in(frozen_mean), second.running_var = in(frozen_var);
   second.grad_grad_out = second_dy.data(), second.grad_input = second_dx.data();
-  second.grad_weight = out(second_dw), second.eps = kEps;
-  with_schedule(h, Stage::kDoubleBackward,
-                [&](auto schedule) { schedule.double_backward(second); });
+  second.grad_weight = out(second_dw), second.eps = kEps, second.act_param = h.act_param;
+  if (traits(p.act).needs != Needs::kSum)
+    with_schedule(h, Stage::kDoubleBackward,
+                  [&](auto schedule) { schedule.double_backward(second); });
 
   for (const Bytes* b :
        {&y, &running_mean, &running_var, &dx, &dw, &db, &dr, &second_dx, &second_dw, &second_dy})

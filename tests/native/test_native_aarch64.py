@@ -11,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-from ctypes import c_bool, c_int, c_int64, c_uint8
+from ctypes import c_bool, c_double, c_int, c_int64, c_uint8
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 import criterion
 from bnext import reference
+from bnext._activation import ACTIVATIONS, parameter
 from cases import DTYPES, SHAPES, Case, dtype_id, make, shape_id
 from native import calls, emulated
 
@@ -74,6 +75,7 @@ class Header(ctypes.Structure):
 
     _fields_ = [
         ("problem", calls.Problem), ("cpu", CpuInfo), ("params", c_uint8), ("training", c_bool),
+        ("act_param", c_double),
     ]  # fmt: skip
 
 
@@ -102,14 +104,13 @@ def as_in_memory(t: Tensor) -> Tensor:
 
 
 def run(
-    case: Case, training: bool, relu: bool, by: tuple[Tensor, ...], cpu: CpuInfo = RESIDENT
+    case: Case, training: bool, act: str | None, by: tuple[Tensor, ...], cpu: CpuInfo = RESIDENT
 ) -> Results:
     """Forward, backward, and the derivatives of the backward's results times `by`."""
     x, weight, residual = case.x, case.weight, case.residual
-    p = calls.problem(
-        x, "train_forward", act="relu" if relu else None, residual=residual is not None
-    )
-    header = Header(p, cpu, calls.DTYPES.index(weight.dtype), training)
+    p = calls.problem(x, "train_forward", act=act, residual=residual is not None)
+    dtype = calls.DTYPES.index(weight.dtype)
+    header = Header(p, cpu, dtype, training, parameter(act, None))
     inputs = (x, weight, case.bias, residual, *case.stats, case.grad_out, *by)
     data = b"".join(
         as_in_memory(t).contiguous().view(torch.uint8).numpy().tobytes()
@@ -148,7 +149,7 @@ def random_by(case: Case) -> tuple[Tensor, ...]:
 def test_is_the_references(shape, dtypes, relu, residual, training) -> None:
     case = make(*shape, dtypes, residual=residual)
     by = random_by(case)
-    ours = run(case, training, relu, by)
+    ours = run(case, training, "relu" if relu else None, by)
     active = ours.output > 0 if relu else None
     operands = reference.Operands(
         case.x, case.weight, case.bias, case.residual, case.grad_out, *case.stats, torch.tensor(0)
@@ -159,12 +160,27 @@ def test_is_the_references(shape, dtypes, relu, residual, training) -> None:
     criterion.assert_second_derivatives(case, training, active, by, second)
 
 
+@pytest.mark.parametrize("shape", SHAPES[12:14], ids=shape_id)
+@pytest.mark.parametrize("dtypes", DTYPES[:2], ids=dtype_id)
+@pytest.mark.parametrize("act", [a for a in ACTIVATIONS if a not in (None, "relu")])
+def test_every_activation(act, dtypes, shape) -> None:
+    case = make(*shape, dtypes)
+    ours = run(case, True, act, random_by(case))
+    leaves = [t.double().requires_grad_() for t in (case.x, case.weight, case.bias)]
+    y = reference.forward(*leaves, act=act, act_param=parameter(act, None)).output
+    found = ours.output, ours.grad_input, ours.grad_weight, ours.grad_bias
+    wanted = y.detach(), *torch.autograd.grad(y, leaves, case.grad_out.double())
+    for got, want in zip(found, wanted, strict=True):
+        allowed = 64 * torch.finfo(case.x.dtype).eps * want.abs().max()
+        assert (got.double() - want).abs().max() <= allowed
+
+
 @pytest.mark.parametrize("dtypes", DTYPES[::2], ids=dtype_id)
 @pytest.mark.parametrize("shape", SHAPES[-6:], ids=shape_id)
 def test_same_bits_for_any_caches_and_threads(shape, dtypes) -> None:
     case = make(*shape, dtypes, residual=True)
     by = random_by(case)
-    one, other = (run(case, True, True, by, cpu) for cpu in (RESIDENT, STREAMING))
+    one, other = (run(case, True, "relu", by, cpu) for cpu in (RESIDENT, STREAMING))
     for name, value in vars(one).items():
         assert torch.equal(value, getattr(other, name)), name
 
