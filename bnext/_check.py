@@ -158,9 +158,9 @@ def _at_one_stride(tensor: Tensor) -> bool:
     return True
 
 
-def _check_per_channel(name: str, tensor: Tensor, x: Input) -> None:
+def _check_per_channel(name: str, tensor: Tensor, x: Input, empty: bool) -> None:
     check_device(name, tensor, x)
-    if x.empty:
+    if empty:
         return
     numel = math.prod(tensor.shape)
     require(
@@ -181,7 +181,7 @@ def _check_per_channel(name: str, tensor: Tensor, x: Input) -> None:
 def check_param(name: str, tensor: Tensor | None, x: Input) -> None:
     if tensor is None:
         return
-    _check_per_channel(name, tensor, x)
+    _check_per_channel(name, tensor, x, x.empty)
     if not x.empty and tensor.dim() != 1 and not _at_one_stride(tensor):
         fail(
             f"{name}: expected values at one stride in memory, got shape {list(tensor.shape)} with "
@@ -189,13 +189,17 @@ def check_param(name: str, tensor: Tensor | None, x: Input) -> None:
         )
 
 
-def check_statistic(name: str, tensor: Tensor | None, x: Input, *, evaluates: bool = False) -> None:
+def check_statistic(
+    name: str, tensor: Tensor | None, x: Input, *, evaluates: bool = False, joins: bool = False
+) -> None:
+    """`joins`: other processes' values meet it even where this one's input is empty."""
+    empty = _known(x.channels == 0) if joins else x.empty
     if tensor is None:
-        if evaluates and not x.empty:
+        if evaluates and not empty:
             fail(f"{name} must be defined in evaluation mode")
         return
-    _check_per_channel(name, tensor, x)
-    if not x.empty and tensor.dim() != 1:
+    _check_per_channel(name, tensor, x, empty)
+    if not empty and tensor.dim() != 1:
         fail(
             f"TensorAccessor expected 1 dims but tensor has {tensor.dim()} ({name}: expected shape "
             f"[{x.channels}], got {list(tensor.shape)})"
@@ -234,14 +238,41 @@ def check_mask(tensor: Tensor | None, x: Input) -> None:
         require(numel == rows * row_bytes, message)
 
 
-def check_save_stats(tensor: Tensor | None, x: Input) -> None:
+def check_matrix(name: str, tensor: Tensor | None, rows: int, x: Input) -> None:
     if tensor is None:
-        return
-    check_device("save_stats", tensor, x)
-    message = f"save_stats: expected contiguous Double [3, {x.channels}], got {_got(tensor)}"
+        fail(f"{name}: expected a tensor, got None")
+    check_device(name, tensor, x)
+    message = f"{name}: expected contiguous Double [{rows}, {x.channels}], got {_got(tensor)}"
     require(tensor.dtype == torch.float64 and is_dense(tensor) and tensor.dim() == 2, message)
-    require(tensor.shape[0] == 3, message)
+    require(tensor.shape[0] == rows, message)
     require(tensor.shape[1] == x.channels, message)
+
+
+def check_save_stats(tensor: Tensor | None, x: Input) -> None:
+    if tensor is not None:
+        check_matrix("save_stats", tensor, 3, x)
+
+
+def check_joined(moments: Tensor | None, counts: Tensor | None, x: Input) -> None:
+    """Moments [ranks, 3, C] and counts [ranks] of several processes."""
+    for name, tensor in (("moments", moments), ("counts", counts)):
+        if tensor is None:
+            fail(f"{name}: expected a tensor, got None")
+        check_device(name, tensor, x)
+    assert moments is not None and counts is not None
+    sizes, c = moments.shape, x.channels
+    message = (
+        f"moments: expected Double [ranks, 3, {c}] with adjacent channels, got "
+        f"{type_name(moments)} {list(sizes)}"
+    )
+    require(moments.dtype == torch.float64 and len(sizes) == 3, message)
+    require(sizes[0] > 0, message)
+    require(sizes[1] == 3, message)
+    require(sizes[2] == c, message)
+    require(_known(c <= 1) or moments.stride(2) == 1, message)
+    message = f"counts: expected Double [{sizes[0]}], got {type_name(counts)} {list(counts.shape)}"
+    require(counts.dtype == torch.float64 and counts.dim() == 1, message)
+    require(counts.shape[0] == sizes[0], message)
 
 
 def check_act_operands(

@@ -14,8 +14,10 @@ from bnext._check import (
     check_any_statistics,
     check_counter,
     check_input,
+    check_joined,
     check_like_input,
     check_mask,
+    check_matrix,
     check_param,
     check_save_stats,
     check_statistic,
@@ -35,6 +37,12 @@ class Ops(NamedTuple):
     inference: Any
     backward: Any
     double_backward: Any
+    # For several processes: what they exchange comes between the sums and what is made of them.
+    moments: Any
+    join: Any
+    apply: Any
+    backward_sums: Any
+    backward_apply: Any
 
 
 TRACED = Ops(
@@ -42,6 +50,11 @@ TRACED = Ops(
     torch.ops.bnext.batch_norm_inference.default,
     torch.ops.bnext.batch_norm_backward.default,
     torch.ops.bnext.batch_norm_double_backward.default,
+    torch.ops.bnext.batch_norm_moments.default,
+    torch.ops.bnext.batch_norm_join.default,
+    torch.ops.bnext.batch_norm_apply.default,
+    torch.ops.bnext.batch_norm_backward_sums.default,
+    torch.ops.bnext.batch_norm_backward_apply.default,
 )
 # What an OpOverload calls, without its Python frame (0.2 us). Dynamo knows only the overloads.
 EAGER = Ops(*(op._op for op in TRACED))
@@ -210,6 +223,116 @@ def _fake_double_backward(
     )
 
 
+@torch.library.register_fake("bnext::batch_norm_moments")
+def _fake_moments(input: Tensor, eps: float) -> Tensor:
+    x = check_input(input)
+    return input.new_empty((3, x.channels), dtype=torch.float64)
+
+
+@torch.library.register_fake("bnext::batch_norm_join")
+def _fake_join(
+    input: Tensor,
+    moments: Tensor,
+    counts: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    num_batches_tracked: Tensor | None,
+    momentum: float | None,
+    eps: float,
+) -> Tensor:
+    if input is None:
+        fail("input: expected a tensor, got None")
+    x = check_input(input)
+    check_statistic("running_mean", running_mean, x, joins=True)
+    check_statistic("running_var", running_var, x, joins=True)
+    check_counter(num_batches_tracked, x)
+    check_joined(moments, counts, x)
+    return input.new_empty((3, x.channels), dtype=torch.float64)
+
+
+@torch.library.register_fake("bnext::batch_norm_apply")
+def _fake_apply(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    save_stats: Tensor,
+    residual: Tensor | None = None,
+    act: int = 0,
+    act_param: float = 0.0,
+    save_mask: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    needs = check_act(act, input)
+    x = check_input(input)
+    check_param("weight", weight, x)
+    check_param("bias", bias, x)
+    check_matrix("save_stats", save_stats, 3, x)
+    check_like_input("residual", residual, x, optional=True)
+    return _output(x), _mask(x, needs, residual) if save_mask else None
+
+
+def _check_given_statistics(
+    grad_out: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    save_stats: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mask: Tensor | None,
+    act: int,
+    need_residual: bool,
+) -> Input:
+    needs = check_act(act, input)
+    x = check_input(input)
+    check_like_input("grad_out", grad_out, x)
+    check_like_input("residual", residual, x, optional=True)
+    check_param("weight", weight, x)
+    check_param("bias", bias, x)
+    check_mask(mask, x)
+    check_matrix("save_stats", save_stats, 3, x)
+    check_act_operands(act, needs, residual, mask, need_residual)
+    return x
+
+
+@torch.library.register_fake("bnext::batch_norm_backward_sums")
+def _fake_backward_sums(
+    grad_out: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    save_stats: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    act: int = 0,
+    act_param: float = 0.0,
+) -> Tensor:
+    x = _check_given_statistics(
+        grad_out, input, weight, save_stats, bias, residual, mask, act, False
+    )
+    return input.new_empty((2, x.channels), dtype=torch.float64)
+
+
+@torch.library.register_fake("bnext::batch_norm_backward_apply")
+def _fake_backward_apply(
+    grad_out: Tensor,
+    input: Tensor,
+    weight: Tensor | None,
+    save_stats: Tensor,
+    grad_means: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    mask: Tensor | None = None,
+    act: int = 0,
+    act_param: float = 0.0,
+    need_input: bool = True,
+    need_residual: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:
+    x = _check_given_statistics(
+        grad_out, input, weight, save_stats, bias, residual, mask, act, need_residual
+    )
+    check_matrix("grad_means", grad_means, 2, x)
+    return _output(x) if need_input else None, _output(x) if need_residual else None
+
+
 def _train_with_negative_bit(*args: Any) -> Any:
     """The op if a tensor has the negative bit; torch's own fallback cannot write to such a one."""
     resolved = [a.resolve_neg() if isinstance(a, Tensor) else a for a in args]
@@ -242,7 +365,9 @@ def _in_fake_mode(
     ]
     tensors = [r for r, a in zip(real, args, strict=True) if isinstance(a, Tensor)]
     if carries_real and all(isinstance(t, Tensor) for t in tensors):
-        for fake, output in zip(outputs, func(*real), strict=True):
+        made = func(*real)
+        pairs = (outputs, made) if isinstance(outputs, tuple) else ((outputs,), (made,))
+        for fake, output in zip(*pairs, strict=True):
             if fake is not None:
                 fake.real_tensor = output
     return outputs

@@ -126,7 +126,7 @@ struct Activation<Act::kSilu> {
   template <class T>
   BNEXT_HD static T df(const T& z, const T&) {
     const T s = sigmoid(z);
-    return s * (T(1) + z * (T(1) - s));
+    return s * fma(z, T(1) - s, T(1));
   }
 };
 

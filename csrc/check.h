@@ -3,6 +3,7 @@
 // words. bnext/_check.py is the twin of this file for tensors without memory.
 #pragma once
 
+#include "moments.h"
 #include "tensor.h"
 
 namespace bnext {
@@ -82,10 +83,10 @@ inline std::optional<int64_t> element_stride(const Tensor& t) {
 }
 
 // Checks for one value per channel and returns the dtype. With an empty input torch takes any t.
-inline DType check_per_channel(const char* name, const Tensor& t, const Input& x) {
+inline DType check_per_channel(const char* name, const Tensor& t, const Input& x, bool empty) {
   check_device(name, t, x);
   const DType input = x.problem.dtype;
-  if (x.empty()) return input;
+  if (empty) return input;
   const int64_t c = x.problem.c, numel = t.numel();
   BNEXT_CHECK(numel == c, name, " should contain ", c, " elements not ", numel,
               " (one per channel of input ", shape_string(x.tensor), ", got ", shape_string(t),
@@ -103,7 +104,7 @@ inline DType check_per_channel(const char* name, const Tensor& t, const Input& x
 // Weight, bias or a gradient of one of them: any shape whose values are at one stride.
 inline ParamIn check_param(const char* name, const OptionalTensor& t, const Input& x) {
   if (!t) return {};
-  const DType dtype = check_per_channel(name, *t, x);
+  const DType dtype = check_per_channel(name, *t, x, x.empty());
   if (x.empty()) return {};
   const std::optional<int64_t> stride = element_stride(*t);
   BNEXT_CHECK(stride, name, ": expected values at one stride in memory, got shape ",
@@ -111,22 +112,27 @@ inline ParamIn check_param(const char* name, const OptionalTensor& t, const Inpu
   return {t->const_data_ptr(), *stride, dtype};
 }
 
-inline ParamIn check_statistic(const char* name, const Tensor& t, const Input& x) {
-  const DType dtype = check_per_channel(name, t, x);
-  if (x.empty()) return {};
+// `empty`: whether no value meets it.
+inline ParamIn check_statistic(const char* name, const Tensor& t, const Input& x, bool empty) {
+  const DType dtype = check_per_channel(name, t, x, empty);
+  if (empty) return {};
   const auto strides = t.strides();
   BNEXT_CHECK(strides.size() == 1, "TensorAccessor expected 1 dims but tensor has ", t.dim(), " (",
               name, ": expected shape [", x.problem.c, "], got ", shape_string(t), ")");
   return {t.const_data_ptr(), strides[0], dtype};
 }
 
+inline ParamIn check_statistic(const char* name, const OptionalTensor& t, const Input& x,
+                               bool empty) {
+  return t ? check_statistic(name, *t, x, empty) : ParamIn{};
+}
 inline ParamIn check_statistic(const char* name, const OptionalTensor& t, const Input& x) {
-  return t ? check_statistic(name, *t, x) : ParamIn{};
+  return check_statistic(name, t, x, x.empty());
 }
 
 // For evaluation. The schema says Tensor because passing a Tensor? costs 20 ns more.
 inline ParamIn check_eval_statistic(const char* name, const Tensor& t, const Input& x) {
-  if (t.defined()) return check_statistic(name, t, x);
+  if (t.defined()) return check_statistic(name, t, x, x.empty());
   BNEXT_CHECK(x.empty(), name, " must be defined in evaluation mode");
   return {};
 }
@@ -157,15 +163,46 @@ inline const uint8_t* check_mask(const OptionalTensor& t, const Input& x) {
   return static_cast<const uint8_t*>(t->const_data_ptr());
 }
 
-inline const double* check_save_stats(const OptionalTensor& t, const Input& x) {
-  if (!t) return nullptr;
-  check_device("save_stats", *t, x);
+// Doubles, `rows` for each channel.
+inline const double* check_matrix(const char* name, const Tensor& t, int64_t rows, const Input& x) {
+  check_given(name, t);
+  check_device(name, t, x);
   const int64_t c = x.problem.c;
-  BNEXT_CHECK(dtype_code(*t) == aoti_torch_dtype_float64() && is_dense(*t, false) &&
-                  t->dim() == 2 && t->sizes()[0] == 3 && t->sizes()[1] == c,
-              "save_stats: expected contiguous Double [3, ", c, "], got ",
-              is_dense(*t, false) ? "" : "strided ", type_name(*t), " ", shape_string(*t));
-  return static_cast<const double*>(t->const_data_ptr());
+  BNEXT_CHECK(dtype_code(t) == aoti_torch_dtype_float64() && is_dense(t, false) && t.dim() == 2 &&
+                  t.sizes()[0] == rows && t.sizes()[1] == c,
+              name, ": expected contiguous Double [", rows, ", ", c, "], got ",
+              is_dense(t, false) ? "" : "strided ", type_name(t), " ", shape_string(t));
+  return static_cast<const double*>(t.const_data_ptr());
+}
+
+inline const double* check_save_stats(const OptionalTensor& t, const Input& x) {
+  return t ? check_matrix("save_stats", *t, 3, x) : nullptr;
+}
+
+// Moments [ranks, 3, C] and counts [ranks] of several processes.
+inline void check_joined(JoinArgs& args, const Tensor& moments, const Tensor& counts,
+                         const Input& x) {
+  check_given("moments", moments);
+  check_given("counts", counts);
+  check_device("moments", moments, x);
+  check_device("counts", counts, x);
+  const int64_t c = x.problem.c;
+  const auto sizes = moments.sizes(), strides = moments.strides();
+  BNEXT_CHECK(dtype_code(moments) == aoti_torch_dtype_float64() && moments.dim() == 3 &&
+                  sizes[0] > 0 && sizes[1] == 3 && sizes[2] == c && (c <= 1 || strides[2] == 1),
+              "moments: expected Double [ranks, 3, ", c, "] with adjacent channels, got ",
+              type_name(moments), " ", shape_string(moments));
+  BNEXT_CHECK(dtype_code(counts) == aoti_torch_dtype_float64() && counts.dim() == 1 &&
+                  counts.sizes()[0] == sizes[0],
+              "counts: expected Double [", sizes[0], "], got ", type_name(counts), " ",
+              shape_string(counts));
+  args.moments = static_cast<const double*>(moments.const_data_ptr());
+  args.rank_stride = strides[0];
+  args.row_stride = strides[1];
+  args.counts = static_cast<const double*>(counts.const_data_ptr());
+  args.count_stride = counts.strides()[0];
+  args.ranks = sizes[0];
+  args.c = c;
 }
 
 // What both derivatives need to find f'(z) where a residual was added.

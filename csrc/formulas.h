@@ -40,8 +40,8 @@ struct GradSums {
   double dy, dy_xmu;
 };
 
-// dx = a * dy + b * ((x - mean) * invstd) + c, the gradient of Ioffe & Szegedy (2015), section 3,
-// with the two means gathered into b and c. With frozen statistics b = c = 0.
+// dx = a * dy + b * h + c with h = (x - mean) * invstd, the gradient of Ioffe & Szegedy (2015),
+// section 3: the means of dy and dy h are gathered into b and c. With frozen statistics b = c = 0.
 template <class T>
 struct InputGrad {
   T mean, invstd, a, b, c;
@@ -49,10 +49,10 @@ struct InputGrad {
 
 template <class T>
 BNEXT_HD inline InputGrad<T> make_input_grad(double mean, double invstd, double weight,
-                                             double mean_dy, double mean_dy_xmu, double low = 0) {
+                                             double mean_dy, double mean_dy_h, double low = 0) {
   const T mean_rounded = static_cast<T>(mean);
   const double a = weight * invstd;
-  const double b = -a * invstd * mean_dy_xmu;
+  const double b = -a * mean_dy_h;
   const double mean_error = (mean - static_cast<double>(mean_rounded) + low) * invstd;
   return {mean_rounded, static_cast<T>(invstd), static_cast<T>(a), static_cast<T>(b),
           static_cast<T>(-a * mean_dy - b * mean_error)};

@@ -28,4 +28,24 @@ STABLE_TORCH_LIBRARY(bnext, m) {
       "int act=0, float act_param=0.0, "
       "bool need_grad_out=True, bool need_input=True, bool need_weight=True) "
       "-> (Tensor grad_grad_out, Tensor grad_input, Tensor grad_weight)");
+
+  // Sums and application apart, for several processes: what they exchange comes between.
+  m.def("batch_norm_moments(Tensor input, float eps) -> Tensor moments");
+  m.def(
+      "batch_norm_join(Tensor input, Tensor moments, Tensor counts, Tensor(a!)? running_mean, "
+      "Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, float? momentum, float eps) "
+      "-> Tensor save_stats");
+  m.def(
+      "batch_norm_apply(Tensor input, Tensor? weight, Tensor? bias, Tensor save_stats, "
+      "Tensor? residual=None, int act=0, float act_param=0.0, bool save_mask=False) "
+      "-> (Tensor output, Tensor mask)");
+  m.def(
+      "batch_norm_backward_sums(Tensor grad_out, Tensor input, Tensor? weight, Tensor save_stats, "
+      "Tensor? bias=None, Tensor? residual=None, Tensor? mask=None, int act=0, "
+      "float act_param=0.0) -> Tensor sums");
+  m.def(
+      "batch_norm_backward_apply(Tensor grad_out, Tensor input, Tensor? weight, Tensor save_stats, "
+      "Tensor grad_means, Tensor? bias=None, Tensor? residual=None, Tensor? mask=None, int act=0, "
+      "float act_param=0.0, bool need_input=True, bool need_residual=False) "
+      "-> (Tensor grad_input, Tensor grad_residual)");
 }

@@ -3,6 +3,7 @@
 //   allocate_output(input)             uninitialised memory for an output of the input's shape
 //   run(args, input)                   runs the kernels on the input's device
 //   count(num_batches_tracked, input)  adds 1 to the counter on the input's device
+//   join(args, input)                  joins the moments of several processes
 #pragma once
 
 #include <tuple>
@@ -182,7 +183,143 @@ struct Ops {
     return {grad_grad_out, grad_input, grad_weight ? *grad_weight : undefined()};
   }
 
+  // [3, C]: mean, sum of squares about it, and what a double cannot hold of the mean. Below eps
+  // times the number of values a sum of squares may lose digits.
+  static Tensor batch_norm_moments(const Tensor& input, double eps) {
+    Input x = check_input(input, Stage::kTrainForward, Act::kNone);
+    x.problem.need_input = false;
+    Tensor moments = allocate_save_stats(x);
+    ForwardArgs args{};
+    args.input = x.tensor.const_data_ptr();
+    args.moments = static_cast<double*>(moments.mutable_data_ptr());
+    args.eps = eps;
+    if (x.empty())
+      torch::stable::zero_(moments);
+    else
+      Backend::run(args, x);
+    return moments;
+  }
+
+  // The statistics of all processes from the moments [ranks, 3, C] and counts [ranks] of each.
+  // The input is one process's: what it is, not its values, is read.
+  static Tensor batch_norm_join(const Tensor& input, const Tensor& moments, const Tensor& counts,
+                                const OptionalTensor& running_mean,
+                                const OptionalTensor& running_var,
+                                const OptionalTensor& num_batches_tracked,
+                                std::optional<double> momentum, double eps) {
+    Input x = check_input(input, Stage::kTrainForward, Act::kNone);
+    check_statistic("running_mean", running_mean, x, x.problem.c == 0);
+    check_statistic("running_var", running_var, x, x.problem.c == 0);
+    check_counter(num_batches_tracked, x);
+    JoinArgs args{};
+    check_joined(args, moments, counts, x);
+    Tensor save_stats = allocate_save_stats(x);
+    args.save_stats = static_cast<double*>(save_stats.mutable_data_ptr());
+    args.num_batches_tracked = num_batches_tracked
+                                   ? static_cast<int64_t*>(num_batches_tracked->mutable_data_ptr())
+                                   : nullptr;
+    args.running_mean = param_out(running_mean);
+    args.running_var = param_out(running_var);
+    args.momentum = momentum.value_or(0);
+    args.cumulative = !momentum;
+    args.eps = eps;
+    Backend::join(args, x);
+    return save_stats;
+  }
+
+  static std::tuple<Tensor, Tensor> batch_norm_apply(const Tensor& input,
+                                                     const OptionalTensor& weight,
+                                                     const OptionalTensor& bias,
+                                                     const Tensor& save_stats,
+                                                     const OptionalTensor& residual, int64_t act,
+                                                     double act_param, bool save_mask) {
+    Input x = check_input(input, Stage::kEvalForward, check_act(act));
+    ForwardArgs args{};
+    args.weight = check_param("weight", weight, x);
+    args.bias = check_param("bias", bias, x);
+    // Read, and never written: see ForwardArgs.
+    args.save_stats = const_cast<double*>(check_matrix("save_stats", save_stats, 3, x));
+    const OptionalTensor z = check_like_input("residual", residual, x);
+    set_activation(x.problem, z.has_value(), save_mask);
+
+    Tensor output = Backend::allocate_output(x);
+    Tensor mask = save_mask ? allocate_mask(x) : undefined();
+    args.input = x.tensor.const_data_ptr();
+    args.residual = data(z);
+    args.output = output.mutable_data_ptr();
+    args.mask = x.problem.has_mask ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
+    args.act_param = act_param;
+    if (!x.empty()) Backend::run(args, x);
+    return {output, mask};
+  }
+
+  // [2, C]: of dy and dy (x - mean) / std, where dy has come through the activation.
+  static Tensor batch_norm_backward_sums(const Tensor& grad_out, const Tensor& input,
+                                         const OptionalTensor& weight, const Tensor& save_stats,
+                                         const OptionalTensor& bias, const OptionalTensor& residual,
+                                         const OptionalTensor& mask, int64_t act,
+                                         double act_param) {
+    Input x = check_input(input, Stage::kTrainBackward, check_act(act));
+    x.problem.need_input = false;
+    BackwardArgs args{};
+    const Given given(args, x, grad_out, weight, save_stats, bias, residual, mask, act_param);
+
+    Tensor sums = allocate_matrix(x, 2, x.problem.c, aoti_torch_dtype_float64());
+    auto* const to = static_cast<double*>(sums.mutable_data_ptr());
+    args.grad_bias = {to, 1, DType::kFloat64};
+    args.grad_weight = {to + x.problem.c, 1, DType::kFloat64};
+    if (x.empty())
+      torch::stable::zero_(sums);
+    else
+      Backend::run(args, x);
+    return sums;
+  }
+
+  static std::tuple<Tensor, Tensor> batch_norm_backward_apply(
+      const Tensor& grad_out, const Tensor& input, const OptionalTensor& weight,
+      const Tensor& save_stats, const Tensor& grad_means, const OptionalTensor& bias,
+      const OptionalTensor& residual, const OptionalTensor& mask, int64_t act, double act_param,
+      bool need_input, bool need_residual) {
+    Input x = check_input(input, Stage::kApplyBackward, check_act(act));
+    x.problem.need_input = need_input;
+    x.problem.need_residual = need_residual;
+    x.problem.need_params = false;
+    BackwardArgs args{};
+    const Given given(args, x, grad_out, weight, save_stats, bias, residual, mask, act_param);
+    args.grad_means = check_matrix("grad_means", grad_means, 2, x);
+
+    Tensor grad_input = need_input ? Backend::allocate_output(x) : undefined();
+    Tensor grad_residual = need_residual ? Backend::allocate_output(x) : undefined();
+    args.grad_input = need_input ? grad_input.mutable_data_ptr() : nullptr;
+    args.grad_residual = need_residual ? grad_residual.mutable_data_ptr() : nullptr;
+    if (!x.empty() && x.problem.applies()) Backend::run(args, x);
+    return {grad_input, grad_residual};
+  }
+
  private:
+  // What a backward with given statistics reads, checked; holds copies that had to be made.
+  struct Given {
+    Tensor dy;
+    OptionalTensor z;
+
+    Given(BackwardArgs& args, Input& x, const Tensor& grad_out, const OptionalTensor& weight,
+          const Tensor& save_stats, const OptionalTensor& bias, const OptionalTensor& residual,
+          const OptionalTensor& mask, double act_param)
+        : dy(check_like_input("grad_out", grad_out, x)),
+          z(check_like_input("residual", residual, x)) {
+      args.weight = check_param("weight", weight, x);
+      args.bias = check_param("bias", bias, x);
+      args.mask = check_mask(mask, x);
+      args.save_stats = check_matrix("save_stats", save_stats, 3, x);
+      check_act_operands(z.has_value(), mask.has_value(), x.problem.need_residual, x);
+      set_activation(x.problem, z.has_value(), mask.has_value());
+      args.grad_out = dy.const_data_ptr();
+      args.input = x.tensor.const_data_ptr();
+      args.residual = data(z);
+      args.act_param = act_param;
+    }
+  };
+
   static const void* data(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
   // `mask`: whether there is one or one is to be saved.

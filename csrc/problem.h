@@ -52,6 +52,7 @@ enum class Stage : uint8_t {
   kTrainBackward,
   kEvalBackward,
   kDoubleBackward,  // with the batch's statistics or frozen ones; both sum first
+  kApplyBackward,   // dx from sums that are given
 };
 
 constexpr const char* to_string(Stage s) {
@@ -59,6 +60,7 @@ constexpr const char* to_string(Stage s) {
          : s == Stage::kEvalForward   ? "eval_forward"
          : s == Stage::kTrainBackward ? "train_backward"
          : s == Stage::kEvalBackward  ? "eval_backward"
+         : s == Stage::kApplyBackward ? "apply_backward"
                                       : "double_backward";
 }
 // Whether sums over all values come before the first result.
@@ -82,7 +84,7 @@ struct Problem {
   Act act;        // y = act(bn(x) + residual)
   bool residual;  // a residual is read
   bool has_mask;  // a mask of where the activation passes is written (forward) or read (backward)
-  // backward: which of dx, dweight or dbias, and the residual's gradient are asked for
+  // Which are asked for: dx (forward: the output), dweight or dbias, and the residual's gradient.
   bool need_input = true, need_params = true, need_residual = false;
   int alignment = 16;  // common to all tensors, in bytes
 
@@ -93,11 +95,11 @@ struct Problem {
   constexpr int64_t mask_rows() const { return channels_last ? n * hw : n * c; }
   constexpr int64_t mask_row_bytes() const { return ((channels_last ? c : hw) + 7) / 8; }
   // Whether elements are written, and not only sums.
-  constexpr bool applies() const { return !is_backward(stage) || need_input || need_residual; }
+  constexpr bool applies() const { return need_input || need_residual; }
 
   // The least any kernel must read.
   constexpr int64_t bytes_read() const {
-    const bool reads_input = need_params || act != Act::kNone || is_training(stage);
+    const bool reads_input = need_params || act != Act::kNone || stage != Stage::kEvalBackward;
     return reads_input ? operands(stage) * bytes() : bytes();
   }
   // The least any kernel must read and write.
@@ -143,8 +145,10 @@ struct ForwardArgs {
   ParamIn frozen_mean, frozen_var;     // eval: the running statistics
   ParamOut running_mean, running_var;  // training: updated, where given
   int64_t* num_batches_tracked;        // null: none
-  double* save_stats;                  // [3, C]: mean, 1 / sqrt(var + eps), and on the CPU what
-                                       // a double cannot hold of the mean
+  double* moments;                     // [3, C]: mean, sum of squares about it, and what a double
+                                       // cannot hold of the mean; null: not asked for
+  double* save_stats;                  // [3, C]: mean, 1 / sqrt(var + eps), and the third as above;
+                                       // eval: read, null: the statistics are frozen
   double momentum;
   bool cumulative;  // average all batches counted and ignore the momentum
   double eps, act_param;
@@ -157,6 +161,7 @@ struct BackwardArgs {
   const uint8_t* mask;   // null: what the activation needs is recomputed from input and residual
   ParamIn weight, bias;
   const double* save_stats;           // null: the statistics are frozen
+  const double* grad_means;           // kApplyBackward, [2, C]: of dy and dy (x - mean) / std
   ParamIn running_mean, running_var;  // the frozen statistics
   void* grad_input;                   // null: not asked for; likewise below
   void* grad_residual;

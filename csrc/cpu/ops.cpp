@@ -4,6 +4,7 @@
 #include "../ops.h"
 #include "cpu_info.h"
 #include "hugepages.h"
+#include "join.h"
 #include "schedule.h"
 
 namespace bnext {
@@ -41,6 +42,7 @@ struct Cpu {
     with_schedule(x.problem, [&](auto schedule) { schedule.double_backward(args); });
   }
   static void count(int64_t* num_batches_tracked, const Input&) { ++*num_batches_tracked; }
+  static void join(const JoinArgs& args, const Input&) { join_processes(args); }
 };
 
 }  // namespace
@@ -52,4 +54,10 @@ STABLE_TORCH_LIBRARY_IMPL(bnext, CPU, m) {
   m.impl("batch_norm_backward", TORCH_BOX(&bnext::Ops<bnext::Cpu>::batch_norm_backward));
   m.impl("batch_norm_double_backward",
          TORCH_BOX(&bnext::Ops<bnext::Cpu>::batch_norm_double_backward));
+  m.impl("batch_norm_moments", TORCH_BOX(&bnext::Ops<bnext::Cpu>::batch_norm_moments));
+  m.impl("batch_norm_join", TORCH_BOX(&bnext::Ops<bnext::Cpu>::batch_norm_join));
+  m.impl("batch_norm_apply", TORCH_BOX(&bnext::Ops<bnext::Cpu>::batch_norm_apply));
+  m.impl("batch_norm_backward_sums", TORCH_BOX(&bnext::Ops<bnext::Cpu>::batch_norm_backward_sums));
+  m.impl("batch_norm_backward_apply",
+         TORCH_BOX(&bnext::Ops<bnext::Cpu>::batch_norm_backward_apply));
 }

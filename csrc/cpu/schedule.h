@@ -70,9 +70,11 @@ class Schedule {
       if (m2 < 0) m2 = 0;
       const Statistics s = {centre + delta, inverse_std(m2 * per_value, args.eps),
                             std::isfinite(delta) ? two_sum_error(centre, delta) : 0};
-      args.save_stats[c] = s.mean;
-      args.save_stats[q_.c + c] = s.invstd;
-      args.save_stats[2 * q_.c + c] = s.low;
+      const auto save = [&](double* to, double second) {
+        if (to) to[c] = s.mean, to[q_.c + c] = second, to[2 * q_.c + c] = s.low;
+      };
+      save(args.moments, m2);
+      save(args.save_stats, s.invstd);
       params.mean[c] = (1 - factor) * params.mean[c] + factor * s.mean;
       params.var[c] = (1 - factor) * params.var[c] + factor * (m2 * unbiased);
       set_affine(affine, c, s, params);
@@ -85,7 +87,7 @@ class Schedule {
       affine.publish(c0, c1, 0, 3);
     };
     const auto apply = [&](const Task& task) {
-      k.apply(p_, task, {affine.of(0), affine.of(1), affine.of(2)}, args, q_.act);
+      if (q_.applies()) k.apply(p_, task, {affine.of(0), affine.of(1), affine.of(2)}, args, q_.act);
     };
     run<kSums>(partials, begin, reduce, settle, again, finish, apply);
     mask.store(parallel_);
@@ -96,8 +98,7 @@ class Schedule {
     const auto& k = table<ForwardKernels>();
     Coefficients<C> affine(p_, k.spread, 3);
     const Params params(args, args.frozen_mean, args.frozen_var, q_.c);
-    for (int64_t c = 0; c < q_.c; ++c)
-      set_affine(affine, c, {params.mean[c], inverse_std(params.var[c], args.eps)}, params);
+    for (int64_t c = 0; c < q_.c; ++c) set_affine(affine, c, statistics(args, params, c), params);
     affine.publish(0, q_.c, 0, 3);
     for_each_task(false, [&](const Task& task) {
       k.apply(p_, task, {affine.of(0), affine.of(1), affine.of(2)}, args, q_.act);
@@ -111,6 +112,7 @@ class Schedule {
     const auto& k = table<BackwardKernels>();
     const bool frozen = !args.save_stats;
     const bool applies = args.grad_input || args.grad_residual;
+    const double* const means = args.grad_means;
     Arrays<double> partials(kSums * p_.slices, q_.c);
     Coefficients<C> a(p_, k.spread, 7);
     const Params params(args, args.running_mean, args.running_var, q_.c);
@@ -125,10 +127,18 @@ class Schedule {
       for (int64_t c = c0; c < c1; ++c) {
         const Statistics s = statistics(args, params, c);
         set_affine(a, c, s, params);
-        if (frozen) set_input_grad(a, c, s, params.weight[c], {0, 0});
+        if (frozen) set_input_grad(a, c, s, params.weight[c], 0, 0);
+        if (means) set_input_grad(a, c, s, params.weight[c], means[c], means[q_.c + c]);
       }
-      a.publish(c0, c1, 0, frozen ? 7 : forward_arrays());
+      a.publish(c0, c1, 0, frozen || means ? 7 : forward_arrays());
     };
+    if (means) {
+      begin(0, q_.c);
+      return for_each_task(false, [&](const Task& task) {
+        if (is_any(q_.act) && stages(element_size(q_.dtype))) call(k.sums, task);
+        call(k.apply, task);
+      });
+    }
     if (frozen && !args.grad_weight && !args.grad_bias) {
       begin(0, q_.c);
       return for_each_task(false, [&](const Task& task) { call(k.frozen, task); });
@@ -144,7 +154,8 @@ class Schedule {
           (sums.dy_xmu == 0 || std::abs(sums.dy_xmu) >= static_cast<double>(q_.count()) * kTiny);
       if (!exact && !fits) return false;
       if (!frozen)
-        set_input_grad(a, c, s, params.weight[c], {sums.dy * per_value, sums.dy_xmu * per_value});
+        set_input_grad(a, c, s, params.weight[c], sums.dy * per_value,
+                       sums.dy_xmu * s.invstd * per_value);
       params.weight[c] = sums.dy_xmu * s.invstd;  // from here on their gradients
       params.bias[c] = sums.dy;
       return true;
@@ -255,7 +266,7 @@ class Schedule {
     double *const weight, *const bias, *const mean, *const var;
   };
 
-  // A backward's: the batch's, or else the running ones.
+  // The batch's, as saved, or else the running ones.
   template <class Args>
   Statistics statistics(const Args& args, const Params& params, int64_t c) const {
     if (args.save_stats)
@@ -269,8 +280,8 @@ class Schedule {
     arrays.at(0, c) = a.mean, arrays.at(1, c) = a.scale, arrays.at(2, c) = a.shift;
   }
   void set_input_grad(Coefficients<C>& arrays, int64_t c, const Statistics& s, double weight,
-                      const GradSums& means) const {
-    const auto g = make_input_grad<C>(s.mean, s.invstd, weight, means.dy, means.dy_xmu, s.low);
+                      double mean_dy, double mean_dy_h) const {
+    const auto g = make_input_grad<C>(s.mean, s.invstd, weight, mean_dy, mean_dy_h, s.low);
     arrays.at(3, c) = g.invstd, arrays.at(4, c) = g.a, arrays.at(5, c) = g.b;
     arrays.at(6, c) = g.c;
   }

@@ -6,7 +6,7 @@
 //   + apply   then every block joins its group's and writes its rows of dx.
 //   reduce    frozen statistics with gradients of the parameters, 3E: dx does not depend on the
 //   + finish  sums, so the reduction writes it.
-//   apply     frozen statistics, dx alone.
+//   apply     frozen statistics, dx alone, 2E; or from given sums, 3E.
 #pragma once
 
 #include "gate.cuh"
@@ -79,21 +79,26 @@ __device__ inline void add_sums(Pair& sums, const GradSums& s, const GradSums&) 
   sums.b += s.dy_xmu;
 }
 
-// From sums about the rounded mean to dx's coefficients; the parameters' gradients to the record.
+// dx's coefficients from the means of dy and dy h.
+template <class C>
+__device__ inline Quad<C> input_grad(const ChannelStatistics& s, double mean_dy, double mean_dy_h) {
+  const InputGrad<double> grad =
+      make_input_grad<double>(s.mean, s.invstd, s.weight, mean_dy, mean_dy_h);
+  const double unit = unit_of(s.invstd, static_cast<C>(s.mean));
+  return {static_cast<C>(grad.a), static_cast<C>(grad.b * (s.invstd / unit)),
+          static_cast<C>(grad.c - grad.b * s.rounding<C>() * s.invstd), 0};
+}
+
+// The same from sums about the rounded mean; the parameters' gradients go to the record.
 template <class C>
 __device__ inline Quad<C> finish_backward(const BackwardCall& call, const SharedLayout& shared,
-                                          int channel, Pair sums) {
+                                          int channel, const Pair& sums) {
   auto& record = reinterpret_cast<ChannelStatistics*>(shared.records)[channel];
   const ChannelStatistics s = record;
-  const double rounding = s.rounding<C>();
-  sums.b -= rounding * sums.a;
+  const double sum_dy_h = (sums.b - s.rounding<C>() * sums.a) * s.invstd;
   const double count = static_cast<double>(call.problem.count());
-  const InputGrad<double> grad =
-      make_input_grad<double>(s.mean, s.invstd, s.weight, sums.a / count, sums.b / count);
-  const double unit = unit_of(s.invstd, static_cast<C>(s.mean));
-  record = {sums.a, sums.b * s.invstd, 0, 0};
-  return {static_cast<C>(grad.a), static_cast<C>(grad.b * (s.invstd / unit)),
-          static_cast<C>(grad.c - grad.b * rounding * s.invstd), 0};
+  record = {sums.a, sum_dy_h, 0, 0};
+  return input_grad<C>(s, sums.a / count, sum_dy_h / count);
 }
 
 __device__ inline void write_param_grads(const BackwardCall& call, const SharedLayout& shared,
@@ -328,16 +333,25 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
   const int64_t group = call.first_group + team, channel0 = group * plan.group;
   const int channels = channels_of(call.problem, plan, group);
   prepare<T, kGate>(call, shared, channel0, channels);
+  const bool training = is_training(call.problem.stage);
   if constexpr (!kFrozen) {
-    join_published<GradSums>(plan, call.workspace, team, channels, add_sums,
-                             [&](int i, const Pair& sums, const GradSums&) {
-                               shared.quads<C>()[i] = finish_backward<C>(call, shared, i, sums);
-                             });
+    Quad<C>* const quads = shared.quads<C>();
+    if (training) {
+      join_published<GradSums>(plan, call.workspace, team, channels, add_sums,
+                               [&](int i, const Pair& sums, const GradSums&) {
+                                 quads[i] = finish_backward<C>(call, shared, i, sums);
+                               });
+    } else {
+      const auto* const records = reinterpret_cast<const ChannelStatistics*>(shared.records);
+      const double* const means = call.args.grad_means + channel0;
+      for (int i = static_cast<int>(threadIdx.x); i < channels; i += plan.threads)
+        quads[i] = input_grad<C>(records[i], means[i], means[call.problem.c + i]);
+    }
     sync_block();
   }
   const Items<kMap, V, kEnds> items(call.problem, plan, group, rank);
   apply_backward<T, V, kGate, kFrozen>(call, items, shared, operands_of<T, V>(call, items));
-  if constexpr (!kFrozen) write_param_grads(call, shared, channel0, channels, rank);
+  if (!kFrozen && training) write_param_grads(call, shared, channel0, channels, rank);
 }
 
 // The parameters' gradients from the sums of a reduction; a block per group.

@@ -77,9 +77,4 @@ const char* cuda_error_string(int error) {
   return cudaGetErrorString(static_cast<cudaError_t>(error));
 }
 
-bool is_refused_launch(int error) {
-  return error == cudaErrorCooperativeLaunchTooLarge || error == cudaErrorInvalidClusterSize ||
-         error == cudaErrorLaunchOutOfResources;
-}
-
 }  // namespace bnext

@@ -8,8 +8,4 @@ namespace bnext {
 int query_cuda_info(int device, CudaInfo& info);
 const char* cuda_error_string(int error);
 
-// Whether a launch failed because its blocks cannot all run at once where they were to: fewer SMs
-// than the device has (a green context), clusters that find no room. Another plan may run.
-bool is_refused_launch(int error);
-
 }  // namespace bnext

@@ -127,6 +127,13 @@ __device__ inline void write(ParamOut p, int64_t c, double value) {
   });
 }
 
+// A running statistic takes in a batch's by its weight.
+__device__ inline void move_running(ParamOut running, int64_t c, double factor, double value) {
+  if (!running) return;
+  const double old = read(ParamIn{running.data, running.stride, running.dtype}, c, 0);
+  write(running, c, (1 - factor) * old + factor * value);
+}
+
 // Threads whose items share a byte of the mask lie side by side (see items.cuh).
 template <int V>
 inline constexpr int kThreadsPerMaskByte = kMaskBits / V;

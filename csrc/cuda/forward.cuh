@@ -4,7 +4,9 @@
 //             reduces it there, exchanges moments, normalises from shared memory.
 //   reduce    3E, or 2E where the L2 keeps the group: moments of each block's rows to the
 //   + apply   workspace; then every block joins its group's and normalises its rows.
-//   apply     alone with frozen statistics, 2E.
+//   apply     alone with given statistics, 2E.
+//   reduce    moments alone, E.
+//   + finish
 //
 // Each block sums about a pilot of its own, the mean of some of its values, so that sums of squares
 // do not cancel (Chan, Golub & LeVeque 1983), and whether they did is for it alone to tell.
@@ -30,9 +32,9 @@ __device__ inline void count_batch(const ForwardArgs& args) {
     ++*args.num_batches_tracked;
 }
 
-// The statistics of a channel: the mean in two doubles, 1 / std and the unbiased variance.
+// The statistics of a channel: the mean in two doubles, 1 / std, the sum of squares about the mean.
 struct Statistics {
-  double mean, low, invstd, var;
+  double mean, low, invstd, m2;
 };
 static_assert(sizeof(Statistics) <= kRecordBytes);
 
@@ -43,7 +45,7 @@ __device__ inline Statistics statistics_of(const ForwardCall& call, const Pair& 
   const double m2 = difference < 0 ? 0 : difference;  // NaN stays
   const double mean = first.pilot + delta, rounded = mean - first.pilot;
   const double low = first.pilot - (mean - rounded) + (delta - rounded);
-  return {mean, low - low == 0 ? low : 0, inverse_std(m2 / count, call.args.eps), m2 / (count - 1)};
+  return {mean, low - low == 0 ? low : 0, inverse_std(m2 / count, call.args.eps), m2};
 }
 
 // Adds a block's moments to sums about the first block's pilot.
@@ -63,16 +65,14 @@ __device__ inline void write_statistics(const ForwardCall& call, const SharedLay
     if (!finishes(call.plan, rank, i)) continue;
     const Statistics& s = reinterpret_cast<const Statistics*>(shared.records)[i];
     const int64_t c = channel0 + i;
-    args.save_stats[c] = s.mean;
-    args.save_stats[call.problem.c + c] = s.invstd;
-    args.save_stats[2 * call.problem.c + c] = s.low;
-    const auto update = [&](ParamOut running, double value) {
-      if (!running) return;
-      const double old = read(ParamIn{running.data, running.stride, running.dtype}, c, 0);
-      write(running, c, (1 - factor) * old + factor * value);
+    const auto save = [&](double* to, double second) {
+      if (to) to[c] = s.mean, to[call.problem.c + c] = second, to[2 * call.problem.c + c] = s.low;
     };
-    update(args.running_mean, s.mean);
-    update(args.running_var, s.var);
+    save(args.moments, s.m2);
+    save(args.save_stats, s.invstd);
+    move_running(args.running_mean, c, factor, s.mean);
+    move_running(args.running_var, c, factor,
+                 s.m2 / (static_cast<double>(call.problem.count()) - 1));
   }
 }
 
@@ -298,15 +298,36 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
                               finish(i, s);
                             });
   } else {
+    const double* const given = args.save_stats ? args.save_stats + channel0 : nullptr;
+    const int64_t c = call.problem.c;
     for (int i = static_cast<int>(threadIdx.x); i < channels; i += plan.threads)
-      finish(i, {read(args.frozen_mean, channel0 + i, 0), 0,
-                 inverse_std(read(args.frozen_var, channel0 + i, 1), args.eps), 0});
+      finish(i, given
+                    ? Statistics{given[i], given[2 * c + i], given[c + i], 0}
+                    : Statistics{read(args.frozen_mean, channel0 + i, 0), 0,
+                                 inverse_std(read(args.frozen_var, channel0 + i, 1), args.eps), 0});
   }
   sync_block();
   const Items<kMap, V, kEnds> items(call.problem, plan, group, rank);
   apply_forward<T, V, kAct, kResidual>(call, items, shared,
                                        Global<T, V, 1>{{items_in<T, V>(args.input, items)}});
   if (training) write_statistics(call, shared, channel0, channels, rank);
+}
+
+// The statistics from the moments of a reduction; a block per group.
+template <class T>
+__global__ void __launch_bounds__(kMaxCudaThreads, 1)
+    batch_norm_finish_forward_kernel(const __grid_constant__ ForwardCall call) {
+  const CudaPlan& plan = call.plan;
+  const SharedLayout shared = shared_layout(plan);
+  const int64_t group = call.first_group + blockIdx.x;
+  const int channels = channels_of(call.problem, plan, group);
+  join_published<Moments>(plan, call.workspace, blockIdx.x, channels, add_moments,
+                          [&](int i, const Pair& sums, const Moments& first) {
+                            reinterpret_cast<Statistics*>(shared.records)[i] =
+                                statistics_of(call, sums, first);
+                          });
+  sync_block();
+  write_statistics(call, shared, group * plan.group, channels, 0);
 }
 
 }  // namespace bnext

@@ -76,14 +76,14 @@ class GateOf {
         prepared_(prepared),
         act_(call.problem.act),
         param_(static_cast<C>(call.args.act_param)),
-        mask_(call.args.mask ? call.args.mask + items.mask_base() : nullptr),
+        mask_(kMasks && call.args.mask ? call.args.mask + items.mask_base() : nullptr),
         residual_(call.args.residual ? items_in<T, V>(call.args.residual, items) : nullptr) {
-    if constexpr (!kReadsAffine)
 #pragma unroll
-      for (int v = 0; v < kBins; ++v) {
-        const Prepared<C>& p = prepared[items.channel(v)];
-        affine_[v] = {p.mean, p.scale, p.shift};
-      }
+    for (int v = 0; v < kBins; ++v) {
+      channel_[v] = static_cast<unsigned>(items.channel(v));
+      const Prepared<C>& p = prepared[channel_[v]];
+      if constexpr (!kReadsAffine) affine_[v] = {p.mean, p.scale, p.shift};
+    }
     if constexpr (kByThreshold) {
 #pragma unroll
       for (int i = 0; i < (kBins == 1 ? 1 : kUnits); ++i) {
@@ -164,8 +164,7 @@ class GateOf {
  private:
   __device__ Affine<C> affine(int v) const {
     if constexpr (!kReadsAffine) return affine_[v % kBins];
-    const Prepared<C>& p =
-        prepared_[opaque_again(static_cast<unsigned>(items_.channel(v % kBins)))];
+    const Prepared<C>& p = prepared_[opaque_again(channel_[v % kBins])];
     return {p.mean, p.scale, p.shift};
   }
   __device__ C z(int v, C x) const { return apply(affine(v), x); }
@@ -176,6 +175,7 @@ class GateOf {
   C param_;
   const uint8_t* mask_;
   const Item<T, V>* residual_;
+  unsigned channel_[kBins];
   Affine<C> affine_[kBins];
   unsigned threshold_[kUnits], sign_[kUnits];
 };

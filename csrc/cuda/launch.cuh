@@ -55,6 +55,12 @@ inline LaunchShape shape_of(const CudaPlan& plan, int64_t groups) {
           plan.team == Team::kGrid};
 }
 
+// Of the blocks of streaming teams, the first.
+inline LaunchShape one_block_each(LaunchShape shape, int64_t groups) {
+  shape.blocks = groups;
+  return shape;
+}
+
 // f(first group, number of groups) for each range of groups that the L2 keeps, until an error.
 template <class F>
 inline cudaError_t for_each_range(const CudaPlan& plan, const F& f) {

@@ -33,18 +33,16 @@ cudaError_t launch_as(const CudaPlan& plan, const Problem& problem, const Backwa
       return for_each_range(plan, [&](int64_t first, int64_t groups) {
         call.first_group = first;
         const LaunchShape shape = shape_of(plan, groups);
-        const bool sums = !frozen || problem.need_params;
+        const bool sums = is_training(problem.stage) || problem.need_params;
         cudaError_t error = cudaSuccess;
         if (sums)
           error = launch(frozen ? batch_norm_reduce_backward_kernel<T, v, map, ends, gate, true>
                                 : batch_norm_reduce_backward_kernel<T, v, map, ends, gate, false>,
                          shape, stream, call);
         if (error != cudaSuccess) return error;
-        if (sums && (frozen || !problem.applies())) {
-          LaunchShape one_block_each = shape;
-          one_block_each.blocks = groups;
-          return launch(batch_norm_finish_backward_kernel<T>, one_block_each, stream, call);
-        }
+        if (sums && (frozen || !problem.applies()))
+          return launch(batch_norm_finish_backward_kernel<T>, one_block_each(shape, groups), stream,
+                        call);
         return launch(frozen ? batch_norm_apply_backward_kernel<T, v, map, ends, gate, true>
                              : batch_norm_apply_backward_kernel<T, v, map, ends, gate, false>,
                       shape, stream, call);

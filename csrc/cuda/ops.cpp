@@ -72,16 +72,18 @@ struct Cuda {
     const torch::stable::accelerator::DeviceGuard guard(device);
     problem.alignment = alignment_of(args);
     count_first(args, device);
-    CudaChoice choice = cuda_choice_of_environment();
-    CudaPlan plan = plan_cuda(problem, cuda_info(device), choice);
-    int error = launch_plan(plan, problem, args, x);
-    const bool chosen = choice.family || choice.team;
-    if (plan.family == Family::kResident && !chosen && is_refused_launch(error)) {
-      choice.family = Family::kStreaming;
-      plan = plan_cuda(problem, cuda_info(device), choice);
-      error = launch_plan(plan, problem, args, x);
-    }
+    CudaPlan plan;
+    const int error =
+        run_planned(problem, cuda_info(device), cuda_choice_of_environment(), plan,
+                    [&](const CudaPlan& tried) { return launch_plan(tried, problem, args, x); });
     if (error != 0) check_launch(error, to_string("CudaPlan", plan));
+  }
+
+  static void join(const JoinArgs& args, const Input& x) {
+    const int device = x.device.index;
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    if (args.num_batches_tracked) count_on(args.num_batches_tracked, device);
+    check_launch(launch_join(args, current_stream(device)), "the join of several processes");
   }
 
   static void count(int64_t* num_batches_tracked, const Input& x) {
@@ -121,4 +123,10 @@ STABLE_TORCH_LIBRARY_IMPL(bnext, CUDA, m) {
   m.impl("batch_norm_backward", TORCH_BOX(&bnext::Ops<bnext::Cuda>::batch_norm_backward));
   m.impl("batch_norm_double_backward",
          TORCH_BOX(&bnext::Ops<bnext::Cuda>::batch_norm_double_backward));
+  m.impl("batch_norm_moments", TORCH_BOX(&bnext::Ops<bnext::Cuda>::batch_norm_moments));
+  m.impl("batch_norm_join", TORCH_BOX(&bnext::Ops<bnext::Cuda>::batch_norm_join));
+  m.impl("batch_norm_apply", TORCH_BOX(&bnext::Ops<bnext::Cuda>::batch_norm_apply));
+  m.impl("batch_norm_backward_sums", TORCH_BOX(&bnext::Ops<bnext::Cuda>::batch_norm_backward_sums));
+  m.impl("batch_norm_backward_apply",
+         TORCH_BOX(&bnext::Ops<bnext::Cuda>::batch_norm_backward_apply));
 }

@@ -149,7 +149,9 @@ struct CudaChoice {
 // each of these alone. They write dx, and behind a mask the residual's gradient.
 constexpr bool has_gate_of_its_own(const Problem& p) {
   const bool is_sign = p.has_mask ? p.act != Act::kLeakyRelu : p.act == Act::kRelu;
-  return p.need_input && p.need_residual == p.has_mask && (p.act == Act::kNone || is_sign);
+  const bool writes = p.need_input && p.need_residual == p.has_mask;
+  const bool sums_alone = is_training(p.stage) && !p.applies();
+  return (writes || sums_alone) && (p.act == Act::kNone || is_sign);
 }
 
 CudaPlan plan_cuda(const Problem& problem, const CudaInfo& cuda, const CudaChoice& choice = {});

@@ -14,6 +14,7 @@ from native.emulated import Emulator, Limits
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # as DType
 STAGES = [
     "train_forward", "eval_forward", "train_backward", "eval_backward", "double_backward",
+    "apply_backward",
 ]  # fmt: skip
 ELEMENTWISE, RESIDENT, STREAMING = range(3)
 ROWS, COLUMNS = range(2)
@@ -68,7 +69,8 @@ class ForwardArgs(Fields):
         ("input", c_void_p), ("residual", c_void_p), ("output", c_void_p),
         ("mask", c_void_p), ("weight", Vector), ("bias", Vector), ("frozen_mean", Vector),
         ("frozen_var", Vector), ("running_mean", Vector), ("running_var", Vector),
-        ("num_batches_tracked", c_void_p), ("save_stats", c_void_p), ("momentum", c_double),
+        ("num_batches_tracked", c_void_p), ("moments", c_void_p), ("save_stats", c_void_p),
+        ("momentum", c_double),
         ("cumulative", c_bool), ("eps", c_double), ("act_param", c_double),
     ]  # fmt: skip
 
@@ -77,9 +79,9 @@ class BackwardArgs(Fields):
     _fields_ = [
         ("grad_out", c_void_p), ("input", c_void_p), ("residual", c_void_p),
         ("mask", c_void_p), ("weight", Vector), ("bias", Vector), ("save_stats", c_void_p),
-        ("running_mean", Vector), ("running_var", Vector), ("grad_input", c_void_p),
-        ("grad_residual", c_void_p), ("grad_weight", Vector), ("grad_bias", Vector),
-        ("eps", c_double), ("act_param", c_double),
+        ("grad_means", c_void_p), ("running_mean", Vector), ("running_var", Vector),
+        ("grad_input", c_void_p), ("grad_residual", c_void_p), ("grad_weight", Vector),
+        ("grad_bias", Vector), ("eps", c_double), ("act_param", c_double),
     ]  # fmt: skip
 
 
@@ -91,6 +93,16 @@ class DoubleBackwardArgs(Fields):
         ("save_stats", c_void_p), ("running_mean", Vector), ("running_var", Vector),
         ("grad_grad_out", c_void_p), ("grad_input", c_void_p), ("grad_weight", Vector),
         ("eps", c_double), ("act_param", c_double),
+    ]  # fmt: skip
+
+
+class JoinArgs(Fields):
+    _fields_ = [
+        ("moments", c_void_p), ("rank_stride", c_int64), ("row_stride", c_int64),
+        ("counts", c_void_p), ("count_stride", c_int64), ("ranks", c_int64), ("c", c_int64),
+        ("running_mean", Vector), ("running_var", Vector), ("num_batches_tracked", c_void_p),
+        ("save_stats", c_void_p), ("momentum", c_double), ("cumulative", c_bool),
+        ("eps", c_double),
     ]  # fmt: skip
 
 
@@ -178,7 +190,7 @@ def with_team(plan: CudaPlan, p: Problem, team_blocks: int, teams: int = 0) -> C
 
 @dataclass
 class Forward:
-    output: Tensor  # [N, C, *]
+    output: Tensor | None  # [N, C, *]
     mask: Tensor | None  # [mask rows, bytes of a row]
     save_stats: Tensor | None  # [3, C]
 
@@ -202,30 +214,37 @@ def mask_shape(p: Problem) -> tuple[int, int]:
 
 
 def forward(e: Emulator, plan: CudaPlan, p: Problem, x: Tensor, *, weight=None, bias=None,
-            residual=None, frozen=None, running=(None, None), num_batches_tracked=None,
-            momentum=0.1, eps=1e-5, act_param=0.0) -> Forward:  # fmt: skip
-    """`momentum` None: the cumulative average. Running statistics are updated in place."""
+            residual=None, frozen=None, save_stats=None, moments=None, running=(None, None),
+            num_batches_tracked=None, momentum=0.1, eps=1e-5, act_param=0.0,
+            info=None) -> Forward:  # fmt: skip
+    """`momentum` None: the cumulative average. Running statistics are updated in place, `moments`
+    are written; `save_stats` are given, or else saved in training. `info`: the GPU to plan for;
+    then `plan` becomes what ran.
+    """
     training = STAGES[p.stage] == "train_forward"
-    output = torch.empty_like(x)
+    output = torch.empty_like(x) if p.need_input else None
     mask = None
-    if p.has_mask and training:
+    if p.has_mask and (training or save_stats is not None):
         mask = torch.empty(mask_shape(p), dtype=torch.uint8)
-    save_stats = torch.empty(3, p.c, dtype=torch.float64) if training else None
+    if training and moments is None:
+        save_stats = torch.empty(3, p.c, dtype=torch.float64)
     args = ForwardArgs(
         pointer(x), pointer(residual), pointer(output), pointer(mask), vector(weight),
         vector(bias), *map(vector, frozen or (None, None)), *map(vector, running),
-        pointer(num_batches_tracked), pointer(save_stats),
+        pointer(num_batches_tracked), pointer(moments), pointer(save_stats),
         momentum or 0.0, momentum is None, eps, act_param,
     )  # fmt: skip
-    if e.library.bnext_forward(ctypes.byref(plan), ctypes.byref(p), ctypes.byref(args)):
+    where = None if info is None else ctypes.byref(info)
+    if e.library.bnext_forward(ctypes.byref(plan), ctypes.byref(p), ctypes.byref(args), where):
         raise EmulatorError(f"{e.error()}: {plan}")
     return Forward(output, mask, save_stats)
 
 
 def backward(e: Emulator, plan: CudaPlan, p: Problem, grad_out: Tensor, x: Tensor, *, weight=None,
-             bias=None, mask=None, save_stats=None, frozen=None, residual=None, eps=1e-5,
-             act_param=0.0) -> Backward:  # fmt: skip
-    c, dtype = p.c, torch.float32 if weight is None else weight.dtype
+             bias=None, mask=None, save_stats=None, grad_means=None, frozen=None, residual=None,
+             dtype=None, eps=1e-5, act_param=0.0) -> Backward:  # fmt: skip
+    """`dtype`: of the parameters' gradients; None: the weight's, or float32."""
+    c, dtype = p.c, dtype or (torch.float32 if weight is None else weight.dtype)
     out = Backward(
         torch.empty_like(x) if p.need_input else None,
         torch.empty_like(x) if p.need_residual else None,
@@ -234,12 +253,29 @@ def backward(e: Emulator, plan: CudaPlan, p: Problem, grad_out: Tensor, x: Tenso
     )
     args = BackwardArgs(
         pointer(grad_out), pointer(x), pointer(residual), pointer(mask), vector(weight),
-        vector(bias), pointer(save_stats), *map(vector, frozen or (None, None)), pointer(out.input),
-        pointer(out.residual), vector(out.weight), vector(out.bias), eps, act_param,
+        vector(bias), pointer(save_stats), pointer(grad_means),
+        *map(vector, frozen or (None, None)), pointer(out.input), pointer(out.residual),
+        vector(out.weight), vector(out.bias), eps, act_param,
     )  # fmt: skip
     if e.library.bnext_backward(ctypes.byref(plan), ctypes.byref(p), ctypes.byref(args)):
         raise EmulatorError(f"{e.error()}: {plan}")
     return out
+
+
+def join(e: Emulator, moments: Tensor, counts: Tensor, running: tuple[Tensor, Tensor],
+         num_batches_tracked: Tensor, momentum: float | None,
+         eps: float = 1e-5) -> Forward:  # fmt: skip
+    """Moments [ranks, 3, C] and counts [ranks]; running statistics are updated in place."""
+    ranks, _, c = moments.shape
+    save_stats = torch.empty(3, c, dtype=torch.float64)
+    args = JoinArgs(
+        pointer(moments), moments.stride(0), moments.stride(1), pointer(counts), counts.stride(0),
+        ranks, c, *map(vector, running), pointer(num_batches_tracked), pointer(save_stats),
+        momentum or 0.0, momentum is None, eps,
+    )  # fmt: skip
+    if e.library.bnext_join(ctypes.byref(args)):
+        raise EmulatorError(e.error())
+    return Forward(None, None, save_stats)
 
 
 @dataclass

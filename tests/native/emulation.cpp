@@ -190,21 +190,31 @@ void run_grid() {
   blocks.clear();
 }
 
-const char* refusal(const LaunchShape& s) {
+struct Refusal {
+  cudaError_t error;
+  const char* reason;
+};
+
+Refusal refusal(const LaunchShape& s) {
+  const auto invalid = [](const char* reason) {
+    return Refusal{cudaErrorInvalidConfiguration, reason};
+  };
   if (s.threads < kWarp || s.threads > kMaxCudaThreads || s.threads % kWarp != 0)
-    return "threads must be a multiple of 32 within the kernels' launch bounds";
-  if (s.blocks < 1 || s.blocks >= int64_t{1} << 31) return "no such number of blocks";
+    return invalid("threads must be a multiple of 32 within the kernels' launch bounds");
+  if (s.blocks < 1 || s.blocks >= int64_t{1} << 31) return invalid("no such number of blocks");
   if (s.shared_bytes < 0 || s.shared_bytes > limits.shared_bytes_per_block)
-    return "more shared memory than a block can have";
+    return invalid("more shared memory than a block can have");
   if (s.cluster_blocks < 1 || s.cluster_blocks > limits.max_cluster_blocks)
-    return "no such cluster size";
-  if (s.blocks % s.cluster_blocks != 0) return "the cluster size does not divide the blocks";
+    return {cudaErrorInvalidClusterSize, "no such cluster size"};
+  if (s.blocks % s.cluster_blocks != 0)
+    return invalid("the cluster size does not divide the blocks");
   // Launch bounds let a block of kMaxCudaThreads have all registers of an SM.
   const int64_t per_sm = std::min(std::max<int64_t>(1, kMaxCudaThreads / s.threads),
                                   limits.shared_bytes_per_sm / (s.shared_bytes + 1024));
   if (s.cooperative && s.blocks > limits.sms * per_sm)
-    return "more blocks than fit the GPU at a time in a cooperative launch";
-  return nullptr;
+    return {cudaErrorCooperativeLaunchTooLarge,
+            "more blocks than fit the GPU at a time in a cooperative launch"};
+  return {cudaSuccess, nullptr};
 }
 
 }  // namespace
@@ -361,9 +371,9 @@ void wait_for_copies(int pending) {
 }
 
 cudaError_t launch(const Kernel& k, const LaunchShape& s) {
-  if (const char* reason = refusal(s)) {
+  if (const auto [error, reason] = refusal(s); error != cudaSuccess) {
     record(std::string("launch refused: ") + reason);
-    return cudaErrorInvalidConfiguration;
+    return error;
   }
   ++statistics.launches;
   launched.insert(reinterpret_cast<uintptr_t>(k.function));

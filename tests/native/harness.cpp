@@ -33,7 +33,7 @@ struct OnDevice {
   }
   template <class T>
   T* statistics(T* host, Kind kind) {
-    return memory.add(host, 3 * problem.c * int64_t{sizeof(double)}, kind, "save_stats");
+    return memory.add(host, 3 * problem.c * int64_t{sizeof(double)}, kind, "statistics");
   }
 };
 
@@ -53,7 +53,8 @@ extern "C" {
 // sizeof what ctypes mirrors.
 void bnext_sizes(int64_t* sizes) {
   const int64_t all[] = {sizeof(Problem),     sizeof(CudaInfo),     sizeof(CudaPlan),
-                         sizeof(ForwardArgs), sizeof(BackwardArgs), sizeof(DoubleBackwardArgs)};
+                         sizeof(ForwardArgs), sizeof(BackwardArgs), sizeof(DoubleBackwardArgs),
+                         sizeof(JoinArgs)};
   std::memcpy(sizes, all, sizeof all);
 }
 
@@ -72,7 +73,9 @@ int bnext_plan(const Problem* problem, const CudaInfo* info, int family, int tea
   return 0;
 }
 
-int bnext_forward(const CudaPlan* plan, const Problem* problem, const ForwardArgs* host) {
+// `info`: the GPU to plan for, and then `plan` is the last one tried; null: as planned.
+int bnext_forward(CudaPlan* plan, const Problem* problem, const ForwardArgs* host,
+                  const CudaInfo* info) {
   emulation::clear_error();
   OnDevice on{*problem, {}};
   ForwardArgs a = *host;
@@ -88,11 +91,17 @@ int bnext_forward(const CudaPlan* plan, const Problem* problem, const ForwardArg
   a.running_var = on.vector(a.running_var, Kind::kState, "the running variance");
   a.num_batches_tracked = on.memory.add(a.num_batches_tracked, int64_t{sizeof(int64_t)},
                                         Kind::kState, "num_batches_tracked");
-  a.save_stats = on.statistics(a.save_stats, Kind::kOutput);
-  void* const workspace = on.memory.scratch(plan->workspace_bytes);
+  a.moments = on.statistics(a.moments, Kind::kOutput);
+  a.save_stats =
+      on.statistics(a.save_stats, is_training(problem->stage) ? Kind::kOutput : Kind::kConstant);
+  const auto run = [&](const CudaPlan& planned) {
+    emulation::clear_error();
+    void* const workspace = on.memory.scratch(planned.workspace_bytes);
+    return launch(planned, *problem, a, workspace, nullptr);
+  };
   int error = 0;
   if (a.num_batches_tracked && a.cumulative) error = launch_count(a.num_batches_tracked, nullptr);
-  if (error == 0) error = launch(*plan, *problem, a, workspace, nullptr);
+  if (error == 0) error = info ? run_planned(*problem, *info, {}, *plan, run) : run(*plan);
   return finish(on.memory, error);
 }
 
@@ -102,6 +111,27 @@ int bnext_count(int64_t* num_batches_tracked) {
   int64_t* const count =
       memory.add(num_batches_tracked, int64_t{sizeof(int64_t)}, Kind::kState, "the count");
   return finish(memory, launch_count(count, nullptr));
+}
+
+int bnext_join(const JoinArgs* host) {
+  emulation::clear_error();
+  Buffers memory;
+  JoinArgs a = *host;
+  constexpr int64_t kBytes = sizeof(double);
+  const auto vector = [&](ParamOut v, const char* name) {
+    v.data = memory.add(v.data, ((a.c - 1) * v.stride + 1) * element_size(v.dtype), Kind::kState,
+                        name);
+    return v;
+  };
+  a.moments = memory.add(a.moments, a.ranks * a.rank_stride * kBytes, Kind::kConstant, "moments");
+  a.counts = memory.add(a.counts, ((a.ranks - 1) * a.count_stride + 1) * kBytes, Kind::kConstant,
+                        "counts");
+  a.running_mean = vector(a.running_mean, "the running mean");
+  a.running_var = vector(a.running_var, "the running variance");
+  a.num_batches_tracked = memory.add(a.num_batches_tracked, int64_t{sizeof(int64_t)}, Kind::kState,
+                                     "num_batches_tracked");
+  a.save_stats = memory.add(a.save_stats, 3 * a.c * kBytes, Kind::kOutput, "save_stats");
+  return finish(memory, launch_join(a, nullptr));
 }
 
 int bnext_backward(const CudaPlan* plan, const Problem* problem, const BackwardArgs* host) {
@@ -115,6 +145,8 @@ int bnext_backward(const CudaPlan* plan, const Problem* problem, const BackwardA
   a.weight = on.vector(a.weight, Kind::kConstant, "the weight");
   a.bias = on.vector(a.bias, Kind::kConstant, "the bias");
   a.save_stats = on.statistics(a.save_stats, Kind::kConstant);
+  a.grad_means = on.memory.add(a.grad_means, 2 * problem->c * int64_t{sizeof(double)},
+                               Kind::kConstant, "grad_means");
   a.running_mean = on.vector(a.running_mean, Kind::kConstant, "the running mean");
   a.running_var = on.vector(a.running_var, Kind::kConstant, "the running variance");
   a.grad_input = on.tensor(a.grad_input, Kind::kOutput, "grad_input");

@@ -188,6 +188,8 @@ def test_every_kernel_is_launched_by_some_plan() -> None:
                     e, calls.plan(e, p), p, case.grad_out, case.x, frozen=case.stats, mask=mask,
                     residual=z,
                 )  # fmt: skip
+        p = calls.problem(case.x, "train_forward", need_input=False)
+        calls.forward(e, calls.plan(e, p, SMALL), p, case.x, moments=torch.empty_like(stats))
         for masked in (False, True):
             p = calls.problem(case.x, "double_backward", act="relu", has_mask=masked)
             mask = torch.zeros(calls.mask_shape(p), dtype=torch.uint8) if masked else None

@@ -242,10 +242,10 @@ def test_an_empty_batch_is_counted() -> None:
 
 
 def test_structures_are_as_large_as_those_they_mirror() -> None:
-    sizes = (ctypes.c_int64 * 6)()
+    sizes = (ctypes.c_int64 * 7)()
     both().plain.library.bnext_sizes(sizes)
     mirrors = [
         calls.Problem, calls.CudaInfo, calls.CudaPlan, calls.ForwardArgs, calls.BackwardArgs,
-        calls.DoubleBackwardArgs,
+        calls.DoubleBackwardArgs, calls.JoinArgs,
     ]  # fmt: skip
     assert list(sizes) == [ctypes.sizeof(m) for m in mirrors]
