@@ -18,6 +18,7 @@ from benchmarks import (
     predict,
     resnet50,
     sass,
+    sync,
     train,
 )
 
@@ -67,8 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     training = commands.add_parser("train", parents=[shared], help=train.__doc__)
     training.add_argument("--epochs", type=int, help="passes over the training set (default 15)")
     counted = commands.add_parser("sass", parents=[shared], help=sass.__doc__)
-    counted.add_argument("--arch", nargs="+", default=["sm_90a"], help="as for nvcc")
+    counted.add_argument("--arch", nargs="+", default=[sass.ARCH], help="as for nvcc")
     counted.add_argument("--filter", default="", help="regular expression of kernels to print")
+    processes = commands.add_parser("sync", parents=[shared], help=sync.__doc__)
+    processes.add_argument("--batch", type=int, help="images of each process (default 8)")
     commands.add_parser("predict", parents=[shared], help=predict.__doc__)
     commands.add_parser("overhead", parents=[shared], help=overhead.__doc__)
     paper = commands.add_parser("claims", parents=[shared], help=claims.__doc__)
@@ -108,6 +111,8 @@ def main(argv: list[str]) -> int:
         return resnet50.run(args.out, network, args.minutes, not args.no_compile)
     if args.command == "sass":
         return sass.run(args.out, args.arch, args.filter)
+    if args.command == "sync":
+        return sync.run(args.out, args.batch or (2 if args.quick else 8), args.quick)
     if args.command == "predict":
         return predict.run(args.out)
     if args.command == "dram":

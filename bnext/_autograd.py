@@ -14,7 +14,7 @@ from torch import Tensor
 from bnext._activation import ACTIVATIONS, BY_KIND, through
 from bnext._ops import DOUBLE_BACKWARD_DEVICES, EAGER, TRACED
 
-__all__ = ["BatchNormFunction", "apply", "traced_apply"]
+__all__ = ["BatchNormFunction", "apply", "composed_backward", "saved_bias", "traced_apply"]
 
 _Grads: TypeAlias = tuple[Tensor | None, ...]
 # Each saves a lookup per call.
@@ -72,7 +72,7 @@ def _refuse_inference_tensors(counter: Tensor | None, *saved: Tensor | None) -> 
                 torch.ones((), device=tensor.device, requires_grad=True) * tensor
 
 
-def _saved_bias(weight: Tensor | None, bias: Tensor | None, needs_z: bool) -> Tensor | None:
+def saved_bias(weight: Tensor | None, bias: Tensor | None, needs_z: bool) -> Tensor | None:
     """The bias if backward reads it: for z, or for its shape if that is not the weight's."""
     if needs_z or weight is None or bias is None or weight.dim() + bias.dim() != 2:
         return bias
@@ -106,28 +106,28 @@ class BatchNormFunction(torch.autograd.Function):
         # the output, nor in training the running statistics.
         kind, needs = ACTIVATIONS[act]
         saves_mask = needs == "sign" and residual is not None
-        saved_bias = _saved_bias(weight, bias, kind != 0 and not saves_mask)
+        read_bias = saved_bias(weight, bias, kind != 0 and not saves_mask)
         saved_residual = residual if needs == "sum" else None
         added = () if act is None and residual is None else (residual, kind, param, saves_mask)
         if training:
             if (
                 is_inference(input)
                 or (weight is not None and is_inference(weight))
-                or (saved_bias is not None and is_inference(saved_bias))
+                or (read_bias is not None and is_inference(read_bias))
                 or (running_mean is not None and is_inference(running_mean))
                 or (running_var is not None and is_inference(running_var))
                 or (num_batches_tracked is not None and is_inference(num_batches_tracked))
             ):
                 _refuse_inference_tensors(
-                    num_batches_tracked, input, weight, saved_bias, running_mean, running_var
+                    num_batches_tracked, input, weight, read_bias, running_mean, running_var
                 )
             output, save_stats, mask = EAGER.train(
                 input, weight, bias, running_mean, running_var, num_batches_tracked, momentum, eps,
                 *added,
             )  # fmt: skip
-            if added or saved_bias is not None:
+            if added or read_bias is not None:
                 ctx.save_for_backward(
-                    input, weight, save_stats, None, None, saved_bias, saved_residual, mask
+                    input, weight, save_stats, None, None, read_bias, saved_residual, mask
                 )
             else:
                 ctx.save_for_backward(input, weight, save_stats)
@@ -136,7 +136,7 @@ class BatchNormFunction(torch.autograd.Function):
                 input, weight, bias, running_mean, running_var, eps, *added
             )
             ctx.save_for_backward(
-                input, weight, None, running_mean, running_var, saved_bias, saved_residual, mask
+                input, weight, None, running_mean, running_var, read_bias, saved_residual, mask
             )
         ctx.set_materialize_grads(False)
         ctx.eps_and_act = eps, kind, param
@@ -192,7 +192,7 @@ class _TracedFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(*(t for t in output[1:] if t is not None))
         ctx.save_for_backward(
             input, weight, save_stats, running_mean, running_var,
-            _saved_bias(weight, bias, kind != 0 and not saves_mask),
+            saved_bias(weight, bias, kind != 0 and not saves_mask),
             residual if needs == "sum" else None, mask if saves_mask else None,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
@@ -224,7 +224,7 @@ def _differentiable_backward(grad_out: Tensor, *args: Any) -> _Grads:
     if fused and not torch._C._are_functorch_transforms_active():
         grads: _Grads = _GradientFunction.apply(grad_out, *args)
         return grads
-    return _composed_backward(grad_out, *args)
+    return composed_backward(grad_out, *args)
 
 
 class _GradientFunction(torch.autograd.Function):
@@ -267,7 +267,7 @@ def _third_derivative(ctx: Any, grad_grads: tuple[Tensor | None, ...]) -> _Grads
     saved[:3] = (None if t is None else t.view_as(t) for t in saved[:3])
     eps, *rest = ctx.numbers
     args = (*saved[:4], eps, *saved[4:], *rest)
-    grads = _composed_backward(*args)
+    grads = composed_backward(*args)
     needs = ctx.needs_input_grad[:3]
     pairs = zip(grads, grad_grads, strict=True)
     by = {g: gg for g, gg in pairs if g is not None and gg is not None}
@@ -278,7 +278,7 @@ def _third_derivative(ctx: Any, grad_grads: tuple[Tensor | None, ...]) -> _Grads
     return tuple(next(found) if need else None for need in needs)
 
 
-def _composed_backward(
+def composed_backward(
     grad_out: Tensor,
     input: Tensor,
     weight: Tensor | None,
@@ -295,10 +295,17 @@ def _composed_backward(
     need_weight: bool,
     need_bias: bool,
     need_residual: bool,
+    mean_of: Callable[[Tensor], Tensor] | None = None,
 ) -> _Grads:
-    """The backward op from operations that can be differentiated any number of times."""
+    """The backward op from operations that can be differentiated any number of times.
+
+    `mean_of`: from sums over this process's batch to means over all processes'; None: there is one.
+    """
     dims = [0, *range(2, input.dim())]
     acc_t = torch.float32 if input.dtype in (torch.bfloat16, torch.float16) else input.dtype
+
+    def batch_mean(values: Tensor) -> Tensor:
+        return values.mean(dims, True) if mean_of is None else mean_of(values.sum(dims, True))
 
     def per_channel(tensor: Tensor) -> Tensor:
         return tensor.to(acc_t).view(-1, *[1] * (input.dim() - 2))
@@ -307,7 +314,8 @@ def _composed_backward(
     if running_mean is not None and running_var is not None:
         mean, var = per_channel(running_mean), per_channel(running_var)
     else:
-        var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+        mean = batch_mean(x)
+        var = batch_mean((x - mean).square())
     invstd = torch.rsqrt(var + eps)
     normalized = (x - mean) * invstd
     if mask is not None:
@@ -326,7 +334,7 @@ def _composed_backward(
     if need_input:
         grad_input = dy
         if save_stats is not None:
-            grad_input = dy - dy.mean(dims, True) - normalized * (dy * normalized).mean(dims, True)
+            grad_input = dy - batch_mean(dy) - normalized * batch_mean(dy * normalized)
         grad_input = grad_input * (invstd if weight is None else invstd * per_channel(weight))
         grad_input = grad_input.to(input.dtype)
     if need_weight and weight is not None:

@@ -83,9 +83,7 @@ def normalize(
         check_values(input, running_mean, running_var, training, momentum, eps)
     added: tuple[Any, ...] = ()
     if act is not None or residual is not None:
-        if residual is not None and not isinstance(residual, Tensor):
-            name = type(residual).__name__
-            raise TypeError(f"residual: expected a tensor or None, got {name}")
+        check_residual(residual)
         added = residual, ACTIVATIONS[act].kind, act_param
     try:
         if (
@@ -120,6 +118,12 @@ def normalize(
             error, input, weight, bias, residual, running_mean, running_var, num_batches_tracked,
             training, momentum, eps, act, act_param,
         )  # fmt: skip
+
+
+def check_residual(residual: Tensor | None) -> None:
+    """Raise if it is neither a tensor nor absent."""
+    if residual is not None and not isinstance(residual, Tensor):
+        raise TypeError(f"residual: expected a tensor or None, got {type(residual).__name__}")
 
 
 def _after_refusal(error: RuntimeError, *args: Any) -> Tensor:

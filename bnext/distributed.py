@@ -7,20 +7,28 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnext._activation import activate, check_activation, parameter
-from bnext._call import normalize
+from bnext._activation import check_activation, parameter
+from bnext._call import check_residual, normalize
+from bnext._sync import sharing, sync_normalize
 from bnext.modules import _BatchNormAct, act_repr, add_by_its_rules, fx_leaf, statistics
 
 __all__ = ["SyncBatchNorm"]
 
 
-class SyncBatchNorm(nn.SyncBatchNorm):
+class SyncBatchNorm(_BatchNorm):
     r"""Batch normalisation by the statistics of all processes: :class:`torch.nn.SyncBatchNorm`.
 
-    Same constructor, parameters, buffers, ``state_dict`` and errors; see there. The differences:
-    without a process group and in eval bnext's op runs, and the module may have an activation, as
-    :class:`bnext.BatchNormAct2d` has. Otherwise torch's module runs, on the devices that it
-    supports (not the CPU), and residual and activation follow unfused.
+    Same constructor, parameters, buffers and ``state_dict``; see there. The differences: it runs on
+    the CPU too, by any backend of :mod:`torch.distributed` (gloo, NCCL), and may have an
+    activation and a residual, as :class:`bnext.BatchNormAct2d` has. It is no subclass of torch's,
+    because :class:`torch.nn.parallel.DistributedDataParallel` refuses those on the CPU.
+
+    In training, processes exchange their counts, means and sums of squares about these, in
+    float64, by one all-gather (two for layers of more than 1,024 channels, or fewer where more than
+    42 processes share a batch), and backward the sums for the gradient by one all-reduce. All of
+    them get the same statistics bit for bit. Their batches may differ in size or be empty. With one
+    process, without a group and in eval nothing is exchanged, and the op of
+    :class:`bnext.BatchNorm2d` runs. The group is looked up at each call.
 
     Args:
         act, act_param: as in :class:`bnext.BatchNormAct2d`. Default: ``None``, no activation. All
@@ -31,19 +39,47 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         - Residual: as the input, or ``None``
         - Output: as the input
 
+    Raises:
+        RuntimeError: processes disagree on channels or dtype, or one did not take part: it names
+            them, and running statistics have not changed. (On a GPU, which the host does not wait
+            for, a disagreement is an assertion of the device.)
+        ValueError: there is one value per channel in all processes together.
+
     Example::
 
         >>> model = bnext.SyncBatchNorm.convert_sync_batchnorm(model)
     """
 
-    act_param: float | None = None  # what was pickled before there was one has none
+    # What was pickled without them, or was torch's, has none.
+    act: str | None = None
+    act_param: float | None = None
 
     def __init__(
-        self, *args: Any, act: str | None = None, act_param: float | None = None, **kwargs: Any
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        act: str | None = None,
+        act_param: float | None = None,
     ) -> None:
         check_activation(act, act_param)
-        super().__init__(*args, **kwargs)
+        # Only if asked for: torch before 2.13 refuses the argument.
+        optional: dict[str, Any] = {} if bias else {"bias": False}
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **optional
+        )
+        self.process_group = process_group
         self.act, self.act_param = act, act_param
+
+    _check_input_dim: Any = nn.SyncBatchNorm._check_input_dim
+    _check_non_zero_input_channels: Any = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalise, add the residual and apply the activation."""
@@ -54,16 +90,25 @@ class SyncBatchNorm(nn.SyncBatchNorm):
             self._check_non_zero_input_channels(input)
         elif getattr(input.tracer, "root", None) is not self:
             return fx_leaf(self, input, residual)
-        fits = not isinstance(residual, Tensor) or (
-            (residual.shape, residual.dtype) == (input.shape, input.dtype)
-        )
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if (self.training and distributed) or not fits:
-            norm = super().forward
-            if residual is not None:
-                return add_by_its_rules(norm, statistics(self)[:3], input, residual, act, act_param)
-            return activate(norm(input), act, act_param)
+        check_residual(residual)
+        if residual is None or ((residual.shape, residual.dtype) == (input.shape, input.dtype)):
+            return self._normalize(input, residual, act, act_param)
+        return add_by_its_rules(
+            lambda x: self._normalize(x, None, None, 0.0), statistics(self)[:3], input, residual,
+            act, act_param,
+        )  # fmt: skip
+
+    def _normalize(
+        self, input: Tensor, residual: Tensor | None, act: str | None, act_param: float
+    ) -> Tensor:
         running_mean, running_var, num_batches_tracked, training = statistics(self)
+        group = sharing(self.process_group) if self.training else None
+        if group is not None:
+            output: Tensor = sync_normalize(
+                input, self.weight, self.bias, residual, running_mean, running_var,
+                num_batches_tracked, self.momentum, self.eps, act, act_param, group,
+            )  # fmt: skip
+            return output
         return normalize(
             input, self.weight, self.bias, residual, running_mean, running_var,
             num_batches_tracked, training, self.momentum, self.eps, act, act_param,
