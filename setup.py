@@ -339,6 +339,10 @@ def escape(path: Path) -> str:
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
+def build_folder() -> Path:
+    return ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+
+
 class NinjaBuild(build_ext):
     """Compiles in one folder per Python, so that every kind of install is incremental."""
 
@@ -355,7 +359,7 @@ class NinjaBuild(build_ext):
             f"bnext: for torch {torch.version}, {without if cuda.missing else kernels}", flush=True
         )
 
-        folder = ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+        folder = build_folder()
         folder.mkdir(parents=True, exist_ok=True)
         manifest = ninja_manifest(self.distribution.get_version(), torch, cuda)
         command = [os.path.join(ninja.BIN_DIR, "ninja"), "-C", str(folder), "-j", jobs]

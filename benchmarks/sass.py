@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections import Counter
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -17,8 +18,14 @@ import setup
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc" / "cuda"
-FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-cubin", "-Xptxas", "-v",
+FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-cubin",
          "-Werror", "all-warnings"]  # fmt: skip
+# The architecture whose instructions are counted.
+ARCH = "sm_90"
+# Kernels of all activations have loops of many branches; those of one are counted in its name.
+ALONE = "silu"
+# Fused::kAny and Gate::kAny, last or before whether there is a residual or frozen statistics.
+SWITCHING = r"forward_kernel<.*, 2, \w+>|backward_kernel<.*, 3(, \w+)?>"
 ELEMENT_BYTES = {"double": 8, "float": 4, "__half": 2, "__nv_bfloat16": 2}
 WIDTH = {"": 32, "64": 64, "128": 128, "U8": 8, "S8": 8, "U16": 16, "S16": 16}
 # Tiles of a reduction between two flushes of its floats to double (kTilesToFlush in sums.cuh).
@@ -47,27 +54,36 @@ class Kernel:
     registers: int
     warps: int  # of an SM, as far as registers go
     local: int  # LDL and STL anywhere in the kernel
+    stack: int  # bytes of a thread
+    shared: int  # static bytes of a block
 
 
 def objects() -> dict[str, tuple[Path, str]]:
     """Object name -> source and flags, of each file and dtype."""
-    return {
+    found = {
         file.stem + variant: (file, flags)
         for file in sorted(CUDA.glob("*.cu"))
         for variant, flags in setup.cuda_variants(file).items()
     }
+    for name in ("launch_forward.bfloat16", "launch_backward.bfloat16"):
+        file, flags = found[name]
+        found[f"{name}.{ALONE}"] = file, f"{flags} -DBNEXT_ONLY_ACT=k{ALONE.capitalize()}"
+    return found
 
 
 def compile_kernels(wanted: list[tuple[str, str]]) -> Path:
     """Brings build/nvcc up to date, for pairs of an architecture and an object.
 
-    <object>.<arch> is a cubin, and <object>.<arch>.log what nvcc reports of it.
+    <object>.<arch> is a cubin. What the extension has is not compiled again.
     """
     cuda = setup.probe_cuda()
     if cuda.missing:
         raise MissingToolError(cuda.missing)
     folder = ROOT / "build" / "nvcc"
     folder.mkdir(parents=True, exist_ok=True)
+    wanted = [(arch, name) for arch, name in wanted if not _take_built(arch, name, folder)]
+    if not wanted:
+        return folder
     flags = shlex.join(FLAGS + setup.host_compiler())
     lines = [
         "rule nvcc",
@@ -87,6 +103,22 @@ def compile_kernels(wanted: list[tuple[str, str]]) -> Path:
     if result.returncode:
         raise RuntimeError(result.stdout[-10000:])
     return folder
+
+
+def _take_built(arch: str, name: str, folder: Path) -> bool:
+    """Copies the machine code of an object of the extension, if that is up to date."""
+    file, _ = objects()[name]
+    built = setup.build_folder() / "cuda" / f"{file.name}{name.removeprefix(file.stem)}.o"
+    sources = [*CUDA.iterdir(), *CUDA.parent.glob("*.h")]
+    if not built.exists() or built.stat().st_mtime < max(s.stat().st_mtime for s in sources):
+        return False
+    with tempfile.TemporaryDirectory() as there:
+        command = [_tool("cuobjdump"), "-xelf", f".{arch}.cubin", str(built)]
+        subprocess.run(command, cwd=there, capture_output=True, check=False)
+        for cubin in Path(there).iterdir():
+            shutil.move(cubin, folder / f"{name}.{arch}")
+            return True
+    return False
 
 
 def _tool(name: str) -> str:
@@ -179,9 +211,10 @@ def _hot_loops(
         shared, loaded = _accesses(body, "LDS", bits), _accesses(body, "LDG", bits)
         items = loaded / loads_of_item if loaded >= loads_of_item else shared / operands
         floats = _count(body, {"FADD", "FFMA", "FADD2", "FFMA2", "DADD", "DFMA"})
+        computes = floats + _count(body, {"FMUL", "FMUL2", "DMUL"})
         if copies:
             kind, items = "copy", copies / operands
-        elif _accesses(body, "STG", bits) and items >= 1:
+        elif _accesses(body, "STG", bits) and computes >= vector * items > 0:
             kind = "apply"
             items = shared / operands if shared >= operands else items
         elif items >= 1 and floats >= 2 * vector * items:
@@ -203,8 +236,9 @@ def _hot_loops(
     return {kind: found[1:] for kind, found in best.items()}
 
 
-def measure(cubin: Path, arch: str) -> list[Kernel]:
-    """All kernels of a cubin."""
+def measure(folder: Path, arch: str, name: str) -> list[Kernel]:
+    """All kernels of an object; of one activation alone, those that others have a switch in."""
+    cubin, alone = folder / f"{name}.{arch}", name.endswith(f".{ALONE}")
     functions = _functions(_output(_tool("nvdisasm"), "-c", cubin))
     usage = dict(re.findall(r"Function (\S+):\n\s*(REG:.*)", _output(
         _tool("cuobjdump"), "--dump-resource-usage", cubin)))  # fmt: skip
@@ -214,7 +248,7 @@ def measure(cubin: Path, arch: str) -> list[Kernel]:
         short = re.sub(r"bnext::|\((?:int|bool)\)|^void |\(anonymous namespace\)::", "", name)
         short = re.sub(r"\((?:\w+)\)(\d)", r"\1", short.split(">(")[0] + ">" * (">(" in short))
         shape = re.search(r"<(\w+), (\d+)", short)
-        if not shape:
+        if not shape or (alone and not re.search(SWITCHING, short)):
             continue
         vector = int(shape[2])
         bits = 8 * ELEMENT_BYTES[shape[1]] * vector
@@ -231,14 +265,14 @@ def measure(cubin: Path, arch: str) -> list[Kernel]:
             for operation in ("LDG", "STG", "LDS", "STS", "LDGSTS"):
                 for width in set(WIDTH.values()):
                     widths[width] += _accesses(body, operation, width)
-        registers = int(re.search(r"REG:(\d+)", usage[mangled])[1])  # type: ignore[index]
+        of = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage[mangled])}
         kernels.append(
             Kernel(
-                arch, short, *numbers, sum(numbers),
+                arch, f"{short} {ALONE}" if alone else short, *numbers, sum(numbers),
                 sum(h[1] for h in hot.values()), sum(h[2] for h in hot.values()),
-                " ".join(str(w) for w in sorted(widths) if widths[w]), registers,
-                min(64, 65536 // (-(-registers // 8) * 8 * 32)),
-                _count(code, {"LDL", "STL"}),
+                " ".join(str(w) for w in sorted(widths) if widths[w]), of["REG"],
+                min(64, 65536 // (-(-of["REG"] // 8) * 8 * 32)),
+                _count(code, {"LDL", "STL"}), of["STACK"], of["SHARED"],
             )
         )  # fmt: skip
     return kernels
@@ -249,7 +283,7 @@ def run(out: Path, archs: list[str], pattern: str) -> int:
     try:
         wanted = [(arch, name) for arch in archs for name in objects()]
         folder = compile_kernels(wanted)
-        kernels = [k for arch, name in wanted for k in measure(folder / f"{name}.{arch}", arch)]
+        kernels = [k for arch, name in wanted for k in measure(folder, arch, name)]
     except MissingToolError as error:
         print(f"sass: not counted: {error}", file=sys.stderr)
         return 1

@@ -36,11 +36,11 @@ _ISSUE_SHARE = 0.55
 # Instructions an element in 16-byte accesses of 2-byte elements, counted by `python -m benchmarks
 # sass`, by stage: training's loops, and those of one pass.
 _INSTRUCTIONS = {
-    "train_forward": 11.0, "train_backward": 15.0, "eval_forward": 5.0, "eval_backward": 9.5,
+    "train_forward": 11.0, "train_backward": 14.5, "eval_forward": 5.0, "eval_backward": 8.5,
 }  # fmt: skip
-# More of them: of the activation's kind, and outside of the hot loops.
-_ACTIVATION = {"nothing": 0.0, "sign": 3.0, "sum": 10.0}
-_OUTSIDE = 3.0
+# More of them: of the activation's kind, forward and backward, and outside of the hot loops.
+_ACTIVATION = {"nothing": (0.0, 0.0), "sign": (0.0, 2.0), "sum": (8.0, 16.0)}
+OUTSIDE = 3.0
 # Of a launch, a cluster's exchange, a grid's and a block's: seconds a turn (estimates).
 _LAUNCH, _EXCHANGE = 2.5e-6, {"block": 1e-6, "cluster": 2e-6, "grid": 5e-6, "stream": 1e-6}
 
@@ -50,6 +50,13 @@ class Prediction(NamedTuple):
 
     seconds: float
     copy_share: float  # a copy's time for the bytes that no kernel could do without, of it
+
+
+def instructions(stage: str, needs: str, access_bytes: int) -> float:
+    """Of an element, with the activation's and those outside of the hot loops."""
+    wide = _INSTRUCTIONS[stage] + _ACTIVATION[needs]["backward" in stage] + OUTSIDE
+    # An access costs about as much whatever it holds.
+    return wide * (0.5 + 0.5 * 16 / access_bytes)
 
 
 def predict(
@@ -68,14 +75,12 @@ def predict(
     if speed is None:
         return None
     copy_rate = speed.bytes_per_s * _COPY_SHARE
-    # An access costs about as much whatever it holds.
-    narrow = 16 / (plan.vector * element_bytes)
-    instructions = (_INSTRUCTIONS[stage] + _ACTIVATION[needs] + _OUTSIDE) * (0.5 + 0.5 * narrow)
+    issued = elements * instructions(stage, needs, plan.vector * element_bytes)
     issue_rate = device.sms * 4 * 32 * speed.clock_hz * _ISSUE_SHARE
     turns = -(-plan.groups // plan.teams) if plan.family == "resident" else plan.launches
     # Blocks that run side by side hide each other's exchanges.
     waves = max(1.0, plan.teams * plan.team_blocks / (2 * device.sms))
     exchanges = turns * _EXCHANGE[plan.team] * (waves if plan.team != "grid" else 1)
-    busy = max(plan.bytes_moved / copy_rate, elements * instructions / issue_rate)
+    busy = max(plan.bytes_moved / copy_rate, issued / issue_rate)
     seconds = busy + (exchanges if plan.family != "elementwise" else 0) + plan.launches * _LAUNCH
     return Prediction(seconds, plan.bytes_floor / copy_rate / seconds)

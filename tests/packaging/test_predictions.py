@@ -1,9 +1,13 @@
 """The predictions kept until a GPU measures: they are this code's, and the README shows them."""
 
 import csv
+import re
+
+import pytest
 
 from benchmarks import predict
 from benchmarks.__main__ import main
+from bnext._predict import OUTSIDE, instructions
 
 
 def records(file) -> list[dict[str, str]]:
@@ -21,3 +25,26 @@ def test_the_file_is_what_the_command_writes(tmp_path, capsys) -> None:
 def test_the_readme_shows_it() -> None:
     root = predict.FILE.parents[3]
     assert predict.table() in (root / "README.md").read_text()
+
+
+# Kernels in bfloat16 -> their stage, what the activation needs, bytes of an access.
+COUNTED = {
+    r"resident_forward_kernel<__nv_bfloat16, 8, [01], 0, [01], false>":
+        ("train_forward", "sign", 16),
+    r"apply_forward_kernel<__nv_bfloat16, 8, [01], 0, [01], false>": ("eval_forward", "sign", 16),
+    r"resident_forward_kernel<__nv_bfloat16, 8, [01], 0, 2, false> silu":
+        ("train_forward", "sum", 16),
+    r"resident_backward_kernel<__nv_bfloat16, 8, [01], 0, 0>": ("train_backward", "nothing", 16),
+    r"resident_backward_kernel<__nv_bfloat16, 8, [01], 0, [12]>": ("train_backward", "sign", 16),
+    r"resident_backward_kernel<__nv_bfloat16, 4, [01], 0, 3> silu": ("train_backward", "sum", 8),
+    r"reduce_backward_kernel<__nv_bfloat16, 8, [01], 0, 0, true>":
+        ("eval_backward", "nothing", 16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", COUNTED)
+def test_instructions_are_those_that_were_counted(kernel) -> None:
+    found = records(predict.FILE.parents[1] / "sass" / "sass.csv")
+    counts = [float(r["total"]) for r in found if re.fullmatch(f"batch_norm_{kernel}", r["kernel"])]
+    assert len(counts) >= 2
+    assert instructions(*COUNTED[kernel]) == pytest.approx(max(counts) + OUTSIDE, rel=0.1)
