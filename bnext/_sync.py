@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bnext._activation import ACTIVATIONS
 from bnext._autograd import composed_backward, saved_bias
+from bnext._check import check_input, check_like_input, check_param
 from bnext._exchange import Group, Joined, all_reduce, join
 from bnext._ops import EAGER
 
@@ -30,6 +31,10 @@ def sync_normalize(
     group: Group,
 ) -> Tensor:
     """Normalise by the statistics of all processes of a group, add the residual and activate."""
+    x = check_input(input)  # before anything is written, and by all processes or none
+    check_param("weight", weight, x)
+    check_param("bias", bias, x)
+    check_like_input("residual", residual, x, optional=True)
     joined = join(
         input.detach(), running_mean, running_var, num_batches_tracked, momentum, eps, group
     )

@@ -354,6 +354,20 @@ def refuses_a_single_value() -> None:
     )
 
 
+def changes_nothing_where_an_argument_is_refused() -> None:
+    bn, x = bnext.SyncBatchNorm(3), torch.randn(4, 3, 5)
+    for name, wrong in (
+        ("weight", torch.ones(3, dtype=torch.float64)), ("bias", torch.ones(4)),
+        ("residual", x.double()[:, :2]),
+    ):  # fmt: skip
+        changed = copy.deepcopy(bn)
+        if name != "residual":
+            setattr(changed, name, nn.Parameter(wrong))
+        with pytest.raises(RuntimeError, match=name if name != "residual" else "size of tensor"):
+            changed(x, wrong if name == "residual" else None)
+        assert not changed.running_mean.any() and changed.num_batches_tracked == 0
+
+
 def compiles_with_a_break() -> None:
     ranks, rank = dist.get_world_size(), dist.get_rank()
     x = torch.randn(2 * ranks, 3, 8, 8)
@@ -382,7 +396,7 @@ FUNCTIONS = [
     passes_gradcheck_through_the_collectives, trains_with_ddp, trains_with_fsdp2,
     runs_again_for_a_checkpoint, keeps_two_models_apart, needs_no_one_else_in_eval,
     tracks_as_torch_does, names_the_rank_that_disagrees, refuses_a_single_value,
-    compiles_with_a_break, is_copied_and_converted,
+    changes_nothing_where_an_argument_is_refused, compiles_with_a_break, is_copied_and_converted,
 ]  # fmt: skip
 
 
@@ -463,8 +477,9 @@ def test_in_processes(processes, function) -> None:
         assert f"done {function.__name__}\n" in output, output[-3000:]
 
 
-@pytest.mark.parametrize("how", ["ends", "hangs", "is in eval mode"])
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(
+    ("ranks", "how"), [(2, "ends"), (2, "hangs"), (3, "ends"), (3, "is in eval mode")]
+)
 def test_a_process_is_lost(ranks, how) -> None:
     for output in outputs_of(how, ranks):
         assert "done loses_a_rank\n" in output, output[-3000:]
