@@ -1,15 +1,16 @@
 """The activations: what the kernels know of each, and how torch's operations compute it."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnext._extension import _C
 
 __all__ = [
-    "ACTIVATIONS", "BY_KIND", "Activation", "activate", "check_activation", "parameter", "through",
+    "ACTIVATIONS", "BY_KIND", "Activation", "activate", "check_activation", "of_module",
+    "parameter", "through",
 ]  # fmt: skip
 
 
@@ -107,3 +108,36 @@ def check_activation(act: str | None, act_param: float | None) -> None:
         raise ValueError(f"act_param must be None where act is {act!r}, but got {act_param!r}")
     if not isinstance(act_param, float | int):
         raise TypeError(f"act_param must be a float or None, but got {act_param!r}")
+
+
+# The classes of torch.nn that have no parameter.
+_PLAIN: dict[type[nn.Module], str | None] = {
+    nn.Identity: None, nn.ReLU: "relu", nn.SiLU: "silu", nn.Hardswish: "hardswish",
+    nn.Tanh: "tanh", nn.Sigmoid: "sigmoid",
+}  # fmt: skip
+
+
+def of_module(module: nn.Module) -> tuple[str | None, float | None] | None:
+    """The name and parameter of the activation that a module of torch.nn computes.
+
+    ``None`` if there is none. Subclasses may compute something else and have none; hooks and a
+    `forward` of the instance's own are not looked at.
+    """
+    kind = type(module)
+    if kind in _PLAIN:
+        return _PLAIN[kind], None
+    if kind in (nn.ReLU6, nn.Hardtanh):
+        limits: Any = module.min_val, module.max_val
+        return ("relu6", None) if limits == (0, 6) else None
+    if kind is nn.GELU:
+        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(str(module.approximate))
+        return None if name is None else (name, None)
+    if kind is nn.LeakyReLU and isinstance(module.negative_slope, float | int):
+        if module.inplace and module.negative_slope < 0:  # its backward raises
+            return None
+        return "leaky_relu", float(module.negative_slope)
+    if kind is nn.ELU and isinstance(module.alpha, float | int):
+        if module.inplace and module.alpha < 0:  # its backward raises
+            return None
+        return "elu", float(module.alpha)
+    return None
