@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import bnext
 from bnext import reference
 from bnext.functional import batch_norm, batch_norm_act
 from cases import AFFINE, DTYPES, LAYOUTS, Case, make
@@ -121,3 +122,22 @@ def test_double_backward_in_float32_matches_torch(training, device) -> None:
         grads.append(torch.autograd.grad(loss, (x, w, b)))
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen parameters", "parameters"])
+def test_frozen_statistics_and_parameters_do_not_keep_the_input(frozen, layout, device) -> None:
+    module = bnext.BatchNorm2d(4, device=device).double().eval().requires_grad_(not frozen)
+    module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64, device=device)
+    x = x.contiguous(memory_format=layout).requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = module(x)
+    assert any(t.shape == x.shape for t in kept) is not frozen
+    grad_out = torch.randn(3, 4, 6, 5, dtype=torch.float64, device=device).transpose(2, 3)
+    (grad,) = torch.autograd.grad(y, x, grad_out)
+    stats = module.running_mean, module.running_var
+    expected = reference.backward(grad_out, x.detach(), module.weight.detach(), stats)
+    torch.testing.assert_close(grad, expected.input)
+    assert torch.autograd.gradcheck(module, x) and torch.autograd.gradgradcheck(module, x)
