@@ -1,6 +1,7 @@
 """Turning the batch norms of an existing model into bnext's, and back, in place."""
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -12,31 +13,30 @@ from torch.nn.utils import parametrize
 
 from bnext import distributed, modules
 from bnext import fuse as fusing
+from bnext._libraries import adapt, own_activation
+from bnext._registry import OURS, THEIRS
 from bnext._trace import trace
 
 __all__ = ["ConversionReport", "conversion_report", "convert", "revert"]
 
 M = TypeVar("M", bound=nn.Module)
 
-_CONVERTED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: modules.BatchNorm1d,
-    nn.BatchNorm2d: modules.BatchNorm2d,
-    nn.BatchNorm3d: modules.BatchNorm3d,
-    nn.LazyBatchNorm1d: modules.LazyBatchNorm1d,
-    nn.LazyBatchNorm2d: modules.LazyBatchNorm2d,
-    nn.LazyBatchNorm3d: modules.LazyBatchNorm3d,
-}
-_REVERTED = {ours: theirs for theirs, ours in _CONVERTED.items()}
-
 
 def convert(model: M, *, fuse: bool = False) -> M:
-    """Turn every batch norm of torch.nn in :attr:`model` into bnext's, in place.
+    """Turn every batch norm in :attr:`model` into bnext's, in place.
 
     Only the class of each module changes. Modules, parameters, buffers, hooks, flags and an
-    optimizer's references stay as they are. Exactly :class:`torch.nn.BatchNorm1d`, ``2d``, ``3d``
-    and the lazy ones are converted. Their subclasses (``SyncBatchNorm``, parametrised modules,
-    other libraries') may compute something else; they and other norms are left alone: see
-    :func:`conversion_report`. Converting a second time changes nothing.
+    optimizer's references stay as they are. Converted are modules of exactly these classes:
+
+    - :class:`torch.nn.BatchNorm1d`, ``2d``, ``3d`` and the lazy ones;
+    - timm's ``BatchNormAct2d`` and ``FrozenBatchNormAct2d``, whose ``act`` is then computed in the
+      same pass if its ``drop`` is an identity;
+    - torchvision's ``FrozenBatchNorm2d`` and its copies in transformers;
+    - those that :func:`bnext.register` was given.
+
+    Subclasses of them (``SyncBatchNorm``, parametrised modules) may compute something else; they
+    and other norms are left alone: see :func:`conversion_report`. Converting a second time changes
+    nothing.
 
     With :attr:`fuse`, a batch norm whose output only a ReLU takes, or an addition and then a ReLU,
     is computed together with them in one pass, as by :class:`bnext.BatchNormAct2d`. The batch norm,
@@ -68,18 +68,31 @@ def convert(model: M, *, fuse: bool = False) -> M:
     Returns:
         :attr:`model`.
 
+    Warns:
+        UserWarning: Opacus has wrapped the model, and could no longer find its batch norms.
+
     Example::
 
         >>> model = bnext.convert(torchvision.models.resnet50(), fuse=True)
     """
-    _swap_classes(model, _CONVERTED)
+    kinds = {type(module) for module in model.modules()}
+    for kind in kinds:
+        adapt(kind)
+    if kinds & OURS.keys() and any(map(_is_of_opacus, model.modules())):
+        warnings.warn(
+            "convert: Opacus has wrapped this model. It knows batch norms, which mix samples, by "
+            "their exact class, and after conversion finds none. See 'With other libraries' in "
+            "the README.",
+            stacklevel=2,
+        )
+    _swap_classes(model, OURS)
     if fuse:
         fusing.fuse(model)
     return model
 
 
 def revert(model: M) -> M:
-    """Undo :func:`convert`: turn bnext's batch norms in :attr:`model` into torch.nn's, in place.
+    """Undo :func:`convert`: give the batch norms in :attr:`model` their classes back, in place.
 
     Use it before tools that compare torch.nn's classes exactly, such as torch.ao's fusion, and
     convert again afterwards. It also undoes ``fuse=True``. A :class:`bnext.BatchNormAct2d` of the
@@ -93,7 +106,12 @@ def revert(model: M) -> M:
         :attr:`model`.
     """
     fusing.unfuse(model)
-    return _swap_classes(model, _REVERTED)
+    return _swap_classes(model, THEIRS)
+
+
+def _is_of_opacus(module: nn.Module) -> bool:
+    wraps = any(kind.__module__.startswith("opacus.grad_sample") for kind in type(module).__mro__)
+    return wraps or "autograd_grad_sample_hooks" in vars(module)
 
 
 def _swap_classes(model: M, classes: dict[type[nn.Module], type[nn.Module]]) -> M:
@@ -110,11 +128,11 @@ class ConversionReport:
     bnext: tuple[str, ...]
     """bnext's own, which :func:`revert` turns back."""
     convertible: tuple[str, ...]
-    """torch.nn's, which :func:`convert` would turn into bnext's."""
+    """Those that :func:`convert` would turn into bnext's."""
     left_alone: dict[str, str]
     """Those that neither touches, and why."""
     fused: tuple[str, ...] = ()
-    """Those that ``convert(model, fuse=True)`` fused with what follows."""
+    """Those computed together with what follows: by ``fuse=True``, or by themselves."""
     fusible: tuple[str, ...] = ()
     """Those that it would fuse; like the next field, only found with ``fuse=True``."""
     unfused: dict[str, str] = field(default_factory=dict)
@@ -154,14 +172,20 @@ def conversion_report(model: nn.Module, *, fuse: bool = False) -> ConversionRepo
     names = {module: name for name, module in model.named_modules()}
     for module, name in names.items():
         kind = type(module)
-        if kind in _REVERTED:
+        adapt(kind)
+        if kind in THEIRS:
             bnext.append(name)
-        elif kind in _CONVERTED:
+        elif kind in OURS:
             convertible.append(name)
         elif _is_norm(module):
             left_alone[name] = _why_left_alone(module)
     fused = fusing.fused(model)
     found, why = fusing.find(model) if fuse else (set(), {})
+    own = {module: own_activation(module) for module in names}
+    fused |= {m for m, act in own.items() if type(m) in THEIRS and isinstance(act, tuple)}
+    if fuse:
+        found |= {m for m, act in own.items() if isinstance(act, tuple)}
+        why |= {m: reason for m, reason in own.items() if isinstance(reason, str)}
     return ConversionReport(
         tuple(bnext),
         tuple(convertible),
@@ -237,5 +261,5 @@ def _why_left_alone(module: nn.Module) -> str:
     if isinstance(module, torch.nn.SyncBatchNorm):
         return f"{kind}: normalises over processes"
     if isinstance(module, batchnorm._BatchNorm):
-        return f"{kind}: a subclass, which may compute something else"
-    return f"{kind}: not a batch norm of torch.nn"
+        return f"{kind}: a subclass, which may compute something else (see bnext.register)"
+    return f"{kind}: no batch norm that bnext knows (see bnext.register)"
