@@ -186,6 +186,8 @@ def conversion_report(model: nn.Module, *, fuse: bool = False) -> ConversionRepo
     if fuse:
         found |= {m for m, act in own.items() if isinstance(act, tuple)}
         why |= {m: reason for m, reason in own.items() if isinstance(reason, str)}
+        others = (m for m in names if type(m) in THEIRS and m not in found | fused | why.keys())
+        why |= dict.fromkeys(others, "only torch.nn's batch norms are fused with what follows")
     return ConversionReport(
         tuple(bnext),
         tuple(convertible),
