@@ -151,23 +151,3 @@ def test_without_batch_norms_there_is_nothing_to_warn_of(recwarn) -> None:
     bnext.convert(Wrapped(nn.GroupNorm(1, 3)))
     bnext.convert(nn.BatchNorm2d(3))
     assert not recwarn.list
-
-
-@pytest.mark.parametrize("kind", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d"])
-def test_opacus_finds_ours_once_it_is_told(kind) -> None:
-    """As the README says."""
-    validators = pytest.importorskip("opacus.validators")
-    model = nn.Sequential(getattr(bnext, kind)(4))
-    assert validators.ModuleValidator.is_valid(model), "the trap"
-    from opacus.validators import batch_norm
-    from opacus.validators.utils import register_module_fixer, register_module_validator
-
-    ours = getattr(bnext, kind)
-    register_module_validator(ours)(batch_norm.validate)
-    register_module_fixer(ours)(batch_norm.fix)
-    try:
-        assert not validators.ModuleValidator.is_valid(model)
-        assert type(validators.ModuleValidator.fix(model)[0]) is nn.GroupNorm
-    finally:
-        for table in (validators.ModuleValidator.VALIDATORS, validators.ModuleValidator.FIXERS):
-            del table[ours]
