@@ -121,7 +121,7 @@ FROZEN = ["FrozenBatchNorm2d", "DetrFrozenBatchNorm2d", "FrozenBatchNormAct2d"]
     "x",
     [
         torch.randn(SHAPE, dtype=torch.bfloat16), torch.randn(SHAPE, dtype=torch.float64),
-        torch.randn(4, 5, 6), torch.randn(2, 1, 5, 6), torch.zeros(0, 4, 5, 6),
+        torch.randn(4, 4, 6), torch.randn(2, 1, 5, 6), torch.zeros(0, 4, 5, 6),
     ],
     ids=["bfloat16", "float64", "without a batch", "broadcast", "empty"],
 )  # fmt: skip
@@ -131,6 +131,24 @@ def test_frozen_promotes_and_broadcasts_as_theirs(library, kind, x) -> None:
     output = bnext.convert(copy.deepcopy(original))(x)
     assert (output.dtype, output.shape) == (expected.dtype, expected.shape)
     torch.testing.assert_close(output, expected)
+
+
+@pytest.mark.parametrize("kind", FROZEN[:2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fits", "promotes"])
+def test_frozen_takes_a_residual_and_an_activation_in_one_pass(library, kind, dtype) -> None:
+    module = bnext.convert(randomised(getattr(library, kind)(4)))
+    x = torch.randn(SHAPE, dtype=torch.float64)
+    for residual in (torch.randn(SHAPE, dtype=dtype), torch.randn(1, 4, 1, 1, dtype=dtype)):
+        stats = module.running_mean, module.running_var
+        wanted = reference.forward(x, module.weight, module.bias, residual, stats, act="relu")
+        torch.testing.assert_close(module._normalize(x, residual, "relu", 0.0), wanted.output)
+
+
+def test_an_input_of_another_dimension_is_refused_as_theirs(library) -> None:
+    module = bnext.convert(library.BatchNormAct2d(4))
+    with pytest.raises(AssertionError, match="expected"):
+        module(torch.randn(3, 4, 5))
+    assert int(module.num_batches_tracked) == 0
 
 
 def test_frozen_without_eps_is_theirs(library) -> None:

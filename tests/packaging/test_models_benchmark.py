@@ -104,6 +104,7 @@ def test_nan_is_wrong() -> None:
     assert not models.Row("", "", eval_error=1e-6, train_error=1e-12).is_wrong
     assert models.Row("", "", train_error=1e-7).is_wrong
     assert not models.Row("", "", train_error=1e-7, eager_train_error=1e-7).is_wrong
+    assert models.Row("", "", train_error=0.1, eager_train_error=0.1).is_wrong
 
 
 def test_quick_takes_one_of_each_installed_library(monkeypatch) -> None:
