@@ -137,10 +137,9 @@ class BatchNormFunction(torch.autograd.Function):
             output, mask = EAGER.inference(
                 input, weight, bias, running_mean, running_var, eps, *added
             )
-            # With frozen parameters too the gradient is dy times a number of the channel's.
-            _, need_weight, need_bias, *_ = ctx.needs_input_grad
+            # Only the weight's gradient and an activation's read the input.
             ctx.save_for_backward(
-                input if kind or need_weight or need_bias else None,
+                input if kind or ctx.needs_input_grad[1] else None,
                 weight, None, running_mean, running_var, saved_bias, saved_residual, mask,
             )  # fmt: skip
         ctx.set_materialize_grads(False)

@@ -78,6 +78,9 @@ class DetrFrozenBatchNorm2d(nn.Module):
 
 
 class GELU(nn.Module):
+    def __init__(self, inplace: bool = False):
+        super().__init__()
+
     def forward(self, x: Tensor) -> Tensor:
         return F.gelu(x)
 

@@ -75,6 +75,13 @@ ACTS = {
 }  # fmt: skip
 
 
+def test_timm_s_own_activations_are_known(library) -> None:
+    module = bnext.convert(randomised(library.BatchNormAct2d(4, act_layer=library.GELU)))
+    x, grad_out = torch.randn(2, *SHAPE, dtype=torch.float64)
+    torch.testing.assert_close(found(module, x, grad_out), expected(module, x, grad_out, "gelu"))
+    assert bnext.conversion_report(module).fused == ("",)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("kind", ["BatchNormAct2d", "FrozenBatchNormAct2d"])
@@ -142,6 +149,23 @@ def test_frozen_takes_a_residual_and_an_activation_in_one_pass(library, kind, dt
         stats = module.running_mean, module.running_var
         wanted = reference.forward(x, module.weight, module.bias, residual, stats, act="relu")
         torch.testing.assert_close(module._normalize(x, residual, "relu", 0.0), wanted.output)
+
+
+@pytest.mark.parametrize("name", ["weight", "running_var"])
+def test_a_frozen_buffer_that_is_trained_has_its_gradient(library, name) -> None:
+    original = randomised(library.FrozenBatchNorm2d(4))
+    module = bnext.convert(copy.deepcopy(original))
+    x, grad_out = torch.randn(2, *SHAPE, dtype=torch.float64)
+    leaves = [getattr(m, name).requires_grad_() for m in (module, original)]
+    for leaf, m in zip(leaves, (module, original), strict=True):
+        m(x).backward(grad_out)
+        torch.testing.assert_close(leaf.grad, leaves[0].grad)
+
+
+def test_a_subclass_of_what_convert_made_is_copied_as_itself(library) -> None:
+    module = bnext.convert(library.BatchNormAct2d(4))
+    module.__class__ = type("Subclass", (type(module),), {})
+    assert type(copy.deepcopy(module)) is type(module)
 
 
 def test_an_input_of_another_dimension_is_refused_as_theirs(library) -> None:
