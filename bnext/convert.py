@@ -12,7 +12,9 @@ from torch.nn.utils import parametrize
 
 from bnext import distributed, modules
 from bnext import fuse as fusing
+from bnext._effects import own_class
 from bnext._trace import trace
+from bnext._waiting import is_watched
 
 __all__ = ["ConversionReport", "conversion_report", "convert", "revert"]
 
@@ -182,15 +184,15 @@ def _redundant_biases(model: nn.Module, traced: bool) -> list[nn.Module]:
 
 def _convolutions(parent: nn.Module, traced: bool) -> Iterator[tuple[nn.Module, bool]]:
     """The convolutions with a bias that a module calls, and whether only batch norms read them."""
-    kind = fusing._own_class(parent)
+    kind = own_class(parent)
     calls: list[tuple[nn.Module, list[nn.Module | None]]] = []
     sequential = issubclass(kind, nn.Sequential) and kind.forward is nn.Sequential.forward
     if sequential and "forward" not in vars(parent):
         following = itertools.pairwise([*parent._modules.values(), None])
         calls = [(module, [reader]) for module, reader in following if module is not None]
     elif traced and any(isinstance(child, conv._ConvNd) for child in [*parent.modules()][1:]):
-        graph = trace(parent, kind)
-        nodes = () if isinstance(graph, str) else graph.nodes
+        found = trace(parent, kind)
+        nodes = () if isinstance(found, str) else found.graph.nodes
         called = {n: parent.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"}
         calls = [
             (module, [called.get(n) if _normalizes(n, node) else None for n in node.users])
@@ -217,7 +219,7 @@ def _is_batch_norm(module: nn.Module | None) -> bool:
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module computes what torch.nn's or bnext's does, and nothing looks on."""
     files = (conv.__name__, batchnorm.__name__, modules.__name__, distributed.__name__)
-    return type(module).forward.__module__ in files and not fusing._is_watched(module)
+    return type(module).forward.__module__ in files and not is_watched(module)
 
 
 def _is_norm(module: nn.Module) -> bool:
