@@ -54,10 +54,12 @@ def call(module: nn.Module, value: Any) -> Any:
     """``module(value)``, which may wait."""
     watched = is_watched(module)
     if type(value) is Waiting:
-        if not watched and can_pass(module) and not _drops(module):
-            return value
-        if not watched and (act := of_module(module)) is not None:
-            return value.compute(*act)
+        if not watched:
+            act = of_module(module)
+            if act is not None and act[0] is not None:
+                return value.compute(*act)
+            if can_pass(module) and not _drops(module):
+                return value
         value = value.compute()
     if watched or not isinstance(value, Tensor):
         return module(value)
@@ -70,21 +72,21 @@ def call(module: nn.Module, value: Any) -> Any:
 def add(value: Any, other: Any) -> Any:
     """``value + other``, which may wait."""
     if type(value) is Waiting and value.residual is None and isinstance(other, Tensor):
-        return value._replace(residual=other)
+        return Waiting(value.bn, value.input, other)
     return result(value) + other
 
 
 def add_into(value: Any, other: Any) -> Any:
     """``value += other``, which may wait."""
     if type(value) is Waiting and value.residual is None and _is_like(other, value.input):
-        return value._replace(residual=other)
+        return Waiting(value.bn, value.input, other)
     return operator.iadd(result(value), other)
 
 
 def add_onto(value: Any, other: Any) -> Any:
     """``other += value``, which may wait; nothing else reads ``other``."""
     if type(value) is Waiting and value.residual is None and _is_like(other, value.input):
-        return value._replace(residual=other)
+        return Waiting(value.bn, value.input, other)
     return operator.iadd(other, result(value))
 
 

@@ -304,7 +304,7 @@ class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
         Tools that replace batch norms by type or attributes drop the activation, for example
         :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` (use :class:`bnext.SyncBatchNorm`'s),
         :func:`torch.nn.utils.fuse_conv_bn_eval` and timm's ``freeze_batch_norm_2d``. They may
-        replace a batch norm that :func:`bnext.convert` fused with a ReLU: its caller notices.
+        replace a batch norm that :func:`bnext.convert` fused: its caller notices.
 
     Example::
 
