@@ -1,6 +1,6 @@
 """The activations: what the kernels know of each, and how torch's operations compute it."""
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,14 @@ from torch import Tensor, nn
 from bnext._extension import _C
 
 __all__ = [
-    "ACTIVATIONS", "BY_KIND", "Activation", "activate", "check_activation", "of_module",
-    "parameter", "through",
+    "ACTIVATIONS", "BY_KIND", "Act", "Activation", "activate", "check_activation", "named",
+    "of_module", "parameter", "through",
 ]  # fmt: skip
+
+if TYPE_CHECKING:
+    Act = str | nn.Module | type[nn.Module] | None
+else:
+    Act = str | None  # all that a script takes
 
 
 class Activation(NamedTuple):
@@ -93,7 +98,7 @@ def parameter(act: str | None, act_param: float | None) -> float:
     return 1.0 if act == "elu" else 0.0
 
 
-def check_activation(act: str | None, act_param: float | None) -> None:
+def check_activation(act: Any, act_param: float | None) -> None:
     """Raise if there is no such activation."""
     try:
         known = act in ACTIVATIONS
@@ -101,7 +106,10 @@ def check_activation(act: str | None, act_param: float | None) -> None:
         known = False
     if not known:
         names = ", ".join(repr(name) for name in ACTIVATIONS if name is not None)
-        raise ValueError(f"act must be one of {names} or None, but got {act!r}")
+        raise ValueError(
+            f"act must be one of {names}, a module of torch.nn or its class that computes one of "
+            f"these, or None, but got {act!r}"
+        )
     if act_param is None:
         return
     if act not in ("leaky_relu", "elu"):
@@ -115,6 +123,7 @@ _PLAIN: dict[type[nn.Module], str | None] = {
     nn.Identity: None, nn.ReLU: "relu", nn.SiLU: "silu", nn.Hardswish: "hardswish",
     nn.Tanh: "tanh", nn.Sigmoid: "sigmoid",
 }  # fmt: skip
+_CLASSES = {*_PLAIN, nn.ReLU6, nn.Hardtanh, nn.GELU, nn.LeakyReLU, nn.ELU}
 
 
 def of_module(module: nn.Module) -> tuple[str | None, float | None] | None:
@@ -141,3 +150,16 @@ def of_module(module: nn.Module) -> tuple[str | None, float | None] | None:
             return None
         return "elu", float(module.alpha)
     return None
+
+
+def named(act: Act, act_param: float | None) -> tuple[str | None, float | None]:
+    """The name and parameter of an activation that is given in any of the ways; raises if none."""
+    name: Any = act
+    if isinstance(act, type) and act in _CLASSES:
+        name, _ = of_module(act()) or (act, None)
+    elif isinstance(act, nn.Module) and (found := of_module(act)) is not None:
+        if act_param is not None:
+            raise ValueError(f"act_param must be None where act is {act}, but got {act_param!r}")
+        return found
+    check_activation(name, act_param)
+    return name, act_param

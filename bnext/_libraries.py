@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bnext import fuse, modules
+from bnext import modules
 from bnext._activation import activate, of_module, parameter
 from bnext._call import normalize, tracing_state
 from bnext._registry import OURS, register
+from bnext._waiting import is_watched
 
 __all__ = ["Frozen", "WithAct", "adapt", "own_activation"]
 
@@ -107,7 +108,7 @@ class WithAct(_Adapted):
         drop, act = after.drop, after.act
         if type(drop) is not nn.Identity:
             return "its drop is no Identity"
-        if fuse._is_watched(drop) or fuse._is_watched(act):
+        if is_watched(drop) or is_watched(act):
             return "a hook or a forward of its own is on its drop or act"
         name = _ACTIVATIONS.get(_name(type(act)))
         known = of_module(act) if name is None else (name, None)

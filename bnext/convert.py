@@ -13,9 +13,11 @@ from torch.nn.utils import parametrize
 
 from bnext import distributed, modules
 from bnext import fuse as fusing
+from bnext._effects import own_class
 from bnext._libraries import adapt, own_activation
 from bnext._registry import OURS, THEIRS
 from bnext._trace import trace
+from bnext._waiting import is_watched
 
 __all__ = ["ConversionReport", "conversion_report", "convert", "revert"]
 
@@ -38,22 +40,30 @@ def convert(model: M, *, fuse: bool = False) -> M:
     and other norms are left alone: see :func:`conversion_report`. Converting a second time changes
     nothing.
 
-    With :attr:`fuse`, a batch norm whose output only a ReLU takes, or an addition and then a ReLU,
-    is computed together with them in one pass, as by :class:`bnext.BatchNormAct2d`. The batch norm,
-    the ReLU, parameters, buffers, names and hooks stay as they are. The module whose ``forward``
-    calls them becomes a subclass of its own class.
+    With :attr:`fuse`, a batch norm is computed in one pass with the addition and the activation
+    that alone take its output, as by :class:`bnext.BatchNormAct2d`: one of them or both. The
+    activation may be any of :func:`bnext.functional.batch_norm_act`'s, as a module of torch.nn, a
+    function or a method of tensors. Identities may stand in between, and dropout, which keeps a
+    call from being fused where it drops values. The batch norm may be at the end of a module whose
+    caller adds or activates. All modules, parameters, buffers, names and hooks stay as they are. A
+    module whose ``forward`` calls what is fused becomes a subclass of its own class.
 
-    - At each call the new ``forward`` looks at the modules. If another tool has replaced the batch
-      norm or the ReLU, changed its class or ``forward`` or put a hook on it, and under torch.fx and
+    - At each call the new ``forward`` looks at the modules. If another tool has replaced one, has
+      changed its class or ``forward`` or put a hook on it, and under torch.fx and
       :func:`torch.jit.script`, it calls one after the other, as before.
     - It is the code that torch.fx traced. As in any traced code, plain Python attributes and global
       state that ``forward`` reads keep their values from the time of conversion. (A
       :class:`torch.nn.Sequential` is not traced; it can still be sliced and appended to.)
+    - It is for calls with the default of each optional argument, and if ``forward`` asks by
+      ``isinstance`` for the type of an input, for tensors and lists. Other calls run the model's
+      own ``forward``.
 
-    A ``forward`` is left alone if torch.fx cannot trace it or its graph would not fit every call:
-    it has optional arguments, asks for the type of a value, differs between training and eval,
-    switches gradients or autocast on or off, draws random numbers except through a module, changes
-    tensors other than parameters and buffers, or changes anything in Python.
+    A batch norm is left as it is where something else could see the difference: its output is
+    used elsewhere, or what it reads may be changed before the last of the operations. A ``forward``
+    is left alone if torch.fx cannot trace it or its graph would not fit every call: it asks for
+    the type of another value, differs between training and eval, switches gradients or autocast on
+    or off, uses :mod:`torch.utils.checkpoint`, draws random numbers except through a module,
+    changes tensors other than parameters and buffers, or changes anything in Python.
     ``conversion_report(model, fuse=True)`` says which and why.
 
     Tracing runs ``forward`` and then puts back what it changed, even if it raised: attributes of
@@ -63,7 +73,7 @@ def convert(model: M, *, fuse: bool = False) -> M:
 
     Args:
         model: any module, possibly a batch norm itself.
-        fuse: whether to fuse batch norms with the ReLU and the residual addition after them.
+        fuse: whether to fuse batch norms with the addition and the activation after them.
 
     Returns:
         :attr:`model`.
@@ -208,15 +218,15 @@ def _redundant_biases(model: nn.Module, traced: bool) -> list[nn.Module]:
 
 def _convolutions(parent: nn.Module, traced: bool) -> Iterator[tuple[nn.Module, bool]]:
     """The convolutions with a bias that a module calls, and whether only batch norms read them."""
-    kind = fusing._own_class(parent)
+    kind = own_class(parent)
     calls: list[tuple[nn.Module, list[nn.Module | None]]] = []
     sequential = issubclass(kind, nn.Sequential) and kind.forward is nn.Sequential.forward
     if sequential and "forward" not in vars(parent):
         following = itertools.pairwise([*parent._modules.values(), None])
         calls = [(module, [reader]) for module, reader in following if module is not None]
     elif traced and any(isinstance(child, conv._ConvNd) for child in [*parent.modules()][1:]):
-        graph = trace(parent, kind)
-        nodes = () if isinstance(graph, str) else graph.nodes
+        found = trace(parent, kind)
+        nodes = () if isinstance(found, str) else found.graph.nodes
         called = {n: parent.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"}
         calls = [
             (module, [called.get(n) if _normalizes(n, node) else None for n in node.users])
@@ -243,7 +253,7 @@ def _is_batch_norm(module: nn.Module | None) -> bool:
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module computes what torch.nn's or bnext's does, and nothing looks on."""
     files = (conv.__name__, batchnorm.__name__, modules.__name__, distributed.__name__)
-    return type(module).forward.__module__ in files and not fusing._is_watched(module)
+    return type(module).forward.__module__ in files and not is_watched(module)
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnext._activation import activate, check_activation, parameter
+from bnext._activation import Act, activate, check_activation, named, parameter
 from bnext._call import normalize
 from bnext.modules import _BatchNormAct, act_repr, add_by_its_rules, fx_leaf, statistics
 
@@ -39,11 +39,11 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     act_param: float | None = None  # what was pickled before there was one has none
 
     def __init__(
-        self, *args: Any, act: str | None = None, act_param: float | None = None, **kwargs: Any
+        self, *args: Any, act: Act = None, act_param: float | None = None, **kwargs: Any
     ) -> None:
-        check_activation(act, act_param)
+        name, act_param = named(act, act_param)
         super().__init__(*args, **kwargs)
-        self.act, self.act_param = act, act_param
+        self.act, self.act_param = name, act_param
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """Normalise, add the residual and apply the activation."""
