@@ -60,7 +60,9 @@ class Effects:
                 if self.copies(child):
                     break
             return False
-        if kind in FUSIBLE or kind.forward.__module__.startswith("torch.nn.modules."):
+        if kind in FUSIBLE:
+            return False
+        if kind.forward.__module__.startswith("torch.nn.modules."):
             return any(getattr(m, "inplace", False) for m in module.modules())
         traced = self.traced(module)
         return isinstance(traced, str) or any(

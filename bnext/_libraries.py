@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from bnext import modules
 from bnext._activation import activate, of_module, parameter
 from bnext._call import normalize, tracing_state
+from bnext._effects import FUSIBLE
 from bnext._registry import OURS, register
-from bnext._waiting import is_watched
+from bnext._waiting import ADAPTED, is_watched
 
 __all__ = ["Frozen", "WithAct", "adapt", "own_activation"]
 
@@ -26,6 +27,10 @@ class _Adapted(nn.Module):
     """First base of every class that `adapt` makes."""
 
     _theirs: type[nn.Module]
+
+    def can_wait(self, input: Tensor) -> bool:
+        """Whether the result may be computed later, with what follows it."""
+        return self._takes(input)
 
     def _takes(self, input: Any) -> bool:
         return isinstance(input, Tensor) and input.dim() == 4 and tracing_state() is None
@@ -102,6 +107,10 @@ class WithAct(_Adapted):
             output = self._normalize(x, None, act[0], parameter(*act))
         return output
 
+    def can_wait(self, input: Tensor) -> bool:
+        """Only without an activation of its own."""
+        return super().can_wait(input) and self.activation() == (None, None)
+
     def activation(self) -> tuple[str | None, float | None] | str:
         """What the kernel computes of ``act``, or why that has to be called."""
         after: Any = self
@@ -138,10 +147,10 @@ def adapt(theirs: type[nn.Module]) -> None:
     if bases is None or theirs in OURS:
         return
 
-    ours = bases[0].forward
+    first = bases[0].forward
 
     def forward(self: Any, x: Any) -> Any:
-        return ours(self, x)
+        return first(self, x)
 
     # torch.jit.script compiles what a function wraps, with the globals of the function itself.
     names = theirs.forward.__globals__
@@ -152,7 +161,10 @@ def adapt(theirs: type[nn.Module]) -> None:
         "_theirs": theirs,
         "forward": wraps(theirs.forward)(forward),
     }
-    register(theirs, type(theirs.__name__, (*bases, theirs), contents))
+    ours = type(theirs.__name__, (*bases, theirs), contents)
+    register(theirs, ours)
+    ADAPTED.add(ours)
+    FUSIBLE.update((theirs, ours))
 
 
 def own_activation(module: nn.Module) -> tuple[str | None, float | None] | str | None:

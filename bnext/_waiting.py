@@ -18,11 +18,13 @@ from bnext import modules
 from bnext._activation import of_module, parameter
 
 __all__ = [
-    "OURS", "Activate", "Waiting", "add", "add_into", "add_onto", "call", "can_pass", "head_of",
-    "is_sequential", "is_watched", "result", "sequential_head",
+    "ADAPTED", "OURS", "Activate", "Waiting", "add", "add_into", "add_onto", "call", "can_pass",
+    "head_of", "is_sequential", "is_watched", "result", "sequential_head",
 ]  # fmt: skip
 
 OURS: set[type[nn.Module]] = {modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d}
+ADAPTED: set[type[nn.Module]] = set()
+"""Other libraries', once a model has them; each says whether it may wait."""
 
 # Modules that return their input in eval and where this attribute is 0.
 _DROPOUTS = {
@@ -63,7 +65,8 @@ def call(module: nn.Module, value: Any) -> Any:
         value = value.compute()
     if watched or not isinstance(value, Tensor):
         return module(value)
-    if type(module) in OURS:
+    kind = type(module)
+    if kind in OURS or (kind in ADAPTED and cast(Any, module).can_wait(value)):
         return Waiting(module, value)
     head = head_of(module)
     return module(value) if head is None else head(module, value)

@@ -197,14 +197,14 @@ def conversion_report(model: nn.Module, *, fuse: bool = False) -> ConversionRepo
         found |= {m for m, act in own.items() if isinstance(act, tuple)}
         why |= {m: reason for m, reason in own.items() if isinstance(reason, str)}
         others = (m for m in names if type(m) in THEIRS and m not in found | fused | why.keys())
-        why |= dict.fromkeys(others, "only torch.nn's batch norms are fused with what follows")
+        why |= dict.fromkeys(others, "fusing does not know its class")
     return ConversionReport(
         tuple(bnext),
         tuple(convertible),
         left_alone,
         tuple(name for module, name in names.items() if module in fused),
         tuple(name for module, name in names.items() if module in found - fused),
-        {names[module]: reason for module, reason in why.items()},
+        {names[module]: why[module] for module in why if module not in found | fused},
         tuple(names[module] for module in _redundant_biases(model, fuse)),
     )
 

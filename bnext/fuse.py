@@ -27,9 +27,10 @@ from bnext._fused_class import (
     fused_sequential,
     sequential_forward,
 )
+from bnext._libraries import own_activation
 from bnext._match import Chain, Tail, compute, match, rewrite
 from bnext._trace import Traced, trace
-from bnext._waiting import OURS, can_pass, head_of, is_sequential, sequential_head
+from bnext._waiting import ADAPTED, OURS, can_pass, head_of, is_sequential, sequential_head
 
 __all__ = ["FusedForward", "find", "fuse", "fused", "unfuse"]
 
@@ -78,7 +79,7 @@ def fused(model: nn.Module) -> set[nn.Module]:
         else:
             children = dict(module.named_modules(remove_duplicate=False))
             found |= {children[name] for name in module._fused if name in children}
-    return {bn for bn in found if type(bn) in OURS}
+    return {bn for bn in found if type(bn) in OURS | ADAPTED}
 
 
 def find(model: nn.Module) -> tuple[set[nn.Module], dict[nn.Module, str]]:
@@ -148,7 +149,7 @@ def _sequence(
 def _present_tail(module: nn.Module) -> Tail | None:
     """The tail of a module as it is fused now."""
     if type(module) in FUSIBLE:
-        return Tail(module)
+        return Tail(module) if own_activation(module) is None else None
     if head_of(module) is sequential_head:
         return _sequence(module, _present_tail, bool).tail
     name = vars(type(module)).get("_tail")
@@ -171,7 +172,7 @@ class _Plans:
     def tail(self, module: nn.Module) -> Tail | None:
         """The batch norm that a module's caller may compute."""
         if type(module) in FUSIBLE:
-            return Tail(module)
+            return Tail(module) if own_activation(module) is None else None
         if not _is_parent(module) or type(module).__call__ is not nn.Module.__call__:
             return None
         plan = self.of(module)
