@@ -14,6 +14,7 @@ from benchmarks import (
     gpu,
     gpu_clock,
     kernels,
+    models,
     overhead,
     predict,
     resnet50,
@@ -63,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     network.add_argument("--minutes", type=float, default=9.0, help="for all (%(default)s)")
     network.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    others = commands.add_parser("models", parents=[shared], help=models.__doc__)
+    others.add_argument("--filter", default="", help="regular expression, as in '^timm res'")
+    others.add_argument("--budget", type=float, help="seconds of training steps per model")
     traffic = commands.add_parser("dram", parents=[shared], help=dram.__doc__)
     traffic.add_argument("--workload", action="store_true", help="what ncu is to look at")
     training = commands.add_parser("train", parents=[shared], help=train.__doc__)
@@ -109,6 +113,9 @@ def main(argv: list[str]) -> int:
             device, batch, size, 5 if on_gpu else 1, 0 if args.quick else 20
         )
         return resnet50.run(args.out, network, args.minutes, not args.no_compile)
+    if args.command == "models":
+        budget_s = (0.0 if args.quick else 3.0) if args.budget is None else args.budget
+        return models.run(args.out, args.filter, args.quick, budget_s)
     if args.command == "sass":
         return sass.run(args.out, args.arch, args.filter)
     if args.command == "sync":

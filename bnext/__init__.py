@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from bnext import functional
+from bnext._registry import register
 from bnext.convert import ConversionReport, conversion_report, convert, revert
 from bnext.distributed import SyncBatchNorm
 from bnext.modules import (
@@ -31,7 +32,7 @@ __all__ = [
     "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "BatchNormAct1d", "BatchNormAct2d",
     "BatchNormAct3d", "LazyBatchNorm1d", "LazyBatchNorm2d", "LazyBatchNorm3d", "SyncBatchNorm",
     "ConversionReport", "Explanation", "build_info", "conversion_report", "convert", "explain",
-    "functional", "introspect", "revert", "verify",
+    "functional", "introspect", "register", "revert", "verify",
 ]  # fmt: skip
 
 

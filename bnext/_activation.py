@@ -1,16 +1,22 @@
 """The activations: what the kernels know of each, and how torch's operations compute it."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from bnext._extension import _C
 
 __all__ = [
-    "ACTIVATIONS", "BY_KIND", "Activation", "activate", "check_activation", "parameter", "through",
+    "ACTIVATIONS", "BY_KIND", "Act", "Activation", "activate", "check_activation", "named",
+    "of_module", "parameter", "through",
 ]  # fmt: skip
+
+if TYPE_CHECKING:
+    Act = str | nn.Module | type[nn.Module] | None
+else:
+    Act = str | None  # all that a script takes
 
 
 class Activation(NamedTuple):
@@ -92,7 +98,7 @@ def parameter(act: str | None, act_param: float | None) -> float:
     return 1.0 if act == "elu" else 0.0
 
 
-def check_activation(act: str | None, act_param: float | None) -> None:
+def check_activation(act: Any, act_param: float | None) -> None:
     """Raise if there is no such activation."""
     try:
         known = act in ACTIVATIONS
@@ -100,10 +106,60 @@ def check_activation(act: str | None, act_param: float | None) -> None:
         known = False
     if not known:
         names = ", ".join(repr(name) for name in ACTIVATIONS if name is not None)
-        raise ValueError(f"act must be one of {names} or None, but got {act!r}")
+        raise ValueError(
+            f"act must be one of {names}, a module of torch.nn or its class that computes one of "
+            f"these, or None, but got {act!r}"
+        )
     if act_param is None:
         return
     if act not in ("leaky_relu", "elu"):
         raise ValueError(f"act_param must be None where act is {act!r}, but got {act_param!r}")
     if not isinstance(act_param, float | int):
         raise TypeError(f"act_param must be a float or None, but got {act_param!r}")
+
+
+# The classes of torch.nn that have no parameter.
+_PLAIN: dict[type[nn.Module], str | None] = {
+    nn.Identity: None, nn.ReLU: "relu", nn.SiLU: "silu", nn.Hardswish: "hardswish",
+    nn.Tanh: "tanh", nn.Sigmoid: "sigmoid",
+}  # fmt: skip
+_CLASSES = {*_PLAIN, nn.ReLU6, nn.Hardtanh, nn.GELU, nn.LeakyReLU, nn.ELU}
+
+
+def of_module(module: nn.Module) -> tuple[str | None, float | None] | None:
+    """The name and parameter of the activation that a module of torch.nn computes.
+
+    ``None`` if there is none. Subclasses may compute something else and have none; hooks and a
+    `forward` of the instance's own are not looked at.
+    """
+    kind = type(module)
+    if kind in _PLAIN:
+        return _PLAIN[kind], None
+    if kind in (nn.ReLU6, nn.Hardtanh):
+        limits: Any = module.min_val, module.max_val
+        return ("relu6", None) if limits == (0, 6) else None
+    if kind is nn.GELU:
+        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(str(module.approximate))
+        return None if name is None else (name, None)
+    if kind is nn.LeakyReLU and isinstance(module.negative_slope, float | int):
+        if module.inplace and module.negative_slope < 0:  # its backward raises
+            return None
+        return "leaky_relu", float(module.negative_slope)
+    if kind is nn.ELU and isinstance(module.alpha, float | int):
+        if module.inplace and module.alpha < 0:  # its backward raises
+            return None
+        return "elu", float(module.alpha)
+    return None
+
+
+def named(act: Act, act_param: float | None) -> tuple[str | None, float | None]:
+    """The name and parameter of an activation that is given in any of the ways; raises if none."""
+    name: Any = act
+    if isinstance(act, type) and act in _CLASSES:
+        name, _ = of_module(act()) or (act, None)
+    elif isinstance(act, nn.Module) and (found := of_module(act)) is not None:
+        if act_param is not None:
+            raise ValueError(f"act_param must be None where act is {act}, but got {act_param!r}")
+        return found
+    check_activation(name, act_param)
+    return name, act_param

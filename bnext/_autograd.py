@@ -31,6 +31,8 @@ def _backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
         return None, None, None, None, None
     need_input, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
     input, weight, save_stats, *operands = ctx.saved_tensors
+    if input is None:  # not needed, but the op takes one
+        input = grad_out
     eps, act, act_param = ctx.eps_and_act
     grads: _Grads = (None, None, None, None)
     if is_dynamo_compiling():
@@ -135,9 +137,11 @@ class BatchNormFunction(torch.autograd.Function):
             output, mask = EAGER.inference(
                 input, weight, bias, running_mean, running_var, eps, *added
             )
+            # Only the weight's gradient and an activation's read the input.
             ctx.save_for_backward(
-                input, weight, None, running_mean, running_var, read_bias, saved_residual, mask
-            )
+                input if kind or ctx.needs_input_grad[1] else None,
+                weight, None, running_mean, running_var, read_bias, saved_residual, mask,
+            )  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.eps_and_act = eps, kind, param
         return output

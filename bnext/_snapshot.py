@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Snapshot"]
+__all__ = ["Snapshot", "names"]
 
 Pairs = list[tuple[Any, Any]]
 
@@ -56,6 +56,8 @@ class Snapshot:
     """
 
     def __init__(self, module: nn.Module, forward: Any) -> None:
+        self.functions: list[types.FunctionType] = []
+        """Those of the user whose names occur."""
         self._records: list[_Record] = []
         self._seen: dict[int, Any] = {}
         self._classes: list[type] = []
@@ -202,12 +204,13 @@ class Snapshot:
     def _visit_function(self, function: types.FunctionType) -> None:
         if _library(function) in _LIBRARIES:
             return
-        names = {*_names(function.__code__)}
-        self._names |= names
+        self.functions.append(function)
+        used = {*names(function.__code__)}
+        self._names |= used
         scopes = [("the global ", function.__globals__)]
         for prefix, scope in scopes:  # grows by the modules among the globals
-            self._visit_namespace(prefix, scope, names)
-            for name in sorted(names & scope.keys()):
+            self._visit_namespace(prefix, scope, used)
+            for name in sorted(used & scope.keys()):
                 module = scope[name]
                 if (
                     isinstance(module, types.ModuleType)
@@ -317,11 +320,12 @@ def _slots(kind: type) -> list[str]:
     return [slot for slot in slots if slot not in ("__dict__", "__weakref__")]
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
+def names(code: types.CodeType) -> Iterator[str]:
+    """The names that occur in a function's code."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+            yield from names(constant)
         elif isinstance(constant, str) and constant.isidentifier():
             yield constant  # perhaps for setattr
 

@@ -1,6 +1,7 @@
 """Turning the batch norms of an existing model into bnext's, and back, in place."""
 
 import itertools
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -12,48 +13,57 @@ from torch.nn.utils import parametrize
 
 from bnext import distributed, modules
 from bnext import fuse as fusing
+from bnext._effects import own_class
+from bnext._libraries import adapt, own_activation
+from bnext._registry import OURS, THEIRS
 from bnext._trace import trace
+from bnext._waiting import is_watched
 
 __all__ = ["ConversionReport", "conversion_report", "convert", "revert"]
 
 M = TypeVar("M", bound=nn.Module)
 
-_CONVERTED: dict[type[nn.Module], type[nn.Module]] = {
-    nn.BatchNorm1d: modules.BatchNorm1d,
-    nn.BatchNorm2d: modules.BatchNorm2d,
-    nn.BatchNorm3d: modules.BatchNorm3d,
-    nn.LazyBatchNorm1d: modules.LazyBatchNorm1d,
-    nn.LazyBatchNorm2d: modules.LazyBatchNorm2d,
-    nn.LazyBatchNorm3d: modules.LazyBatchNorm3d,
-}
-_REVERTED = {ours: theirs for theirs, ours in _CONVERTED.items()}
-
 
 def convert(model: M, *, fuse: bool = False) -> M:
-    """Turn every batch norm of torch.nn in :attr:`model` into bnext's, in place.
+    """Turn every batch norm in :attr:`model` into bnext's, in place.
 
     Only the class of each module changes. Modules, parameters, buffers, hooks, flags and an
-    optimizer's references stay as they are. Exactly :class:`torch.nn.BatchNorm1d`, ``2d``, ``3d``
-    and the lazy ones are converted. Their subclasses (``SyncBatchNorm``, parametrised modules,
-    other libraries') may compute something else; they and other norms are left alone: see
-    :func:`conversion_report`. Converting a second time changes nothing.
+    optimizer's references stay as they are. Converted are modules of exactly these classes:
 
-    With :attr:`fuse`, a batch norm whose output only a ReLU takes, or an addition and then a ReLU,
-    is computed together with them in one pass, as by :class:`bnext.BatchNormAct2d`. The batch norm,
-    the ReLU, parameters, buffers, names and hooks stay as they are. The module whose ``forward``
-    calls them becomes a subclass of its own class.
+    - :class:`torch.nn.BatchNorm1d`, ``2d``, ``3d`` and the lazy ones;
+    - timm's ``BatchNormAct2d`` and ``FrozenBatchNormAct2d``, whose ``act`` is then computed in the
+      same pass if its ``drop`` is an identity;
+    - torchvision's ``FrozenBatchNorm2d`` and its copies in transformers;
+    - those that :func:`bnext.register` was given.
 
-    - At each call the new ``forward`` looks at the modules. If another tool has replaced the batch
-      norm or the ReLU, changed its class or ``forward`` or put a hook on it, and under torch.fx and
+    Subclasses of them (``SyncBatchNorm``, parametrised modules) may compute something else; they
+    and other norms are left alone: see :func:`conversion_report`. Converting a second time changes
+    nothing.
+
+    With :attr:`fuse`, a batch norm is computed in one pass with the addition and the activation
+    that alone take its output, as by :class:`bnext.BatchNormAct2d`: one of them or both. The
+    activation may be any of :func:`bnext.functional.batch_norm_act`'s, as a module of torch.nn, a
+    function or a method of tensors. Identities may stand in between, and dropout, which keeps a
+    call from being fused where it drops values. The batch norm may be at the end of a module whose
+    caller adds or activates. All modules, parameters, buffers, names and hooks stay as they are. A
+    module whose ``forward`` calls what is fused becomes a subclass of its own class.
+
+    - At each call the new ``forward`` looks at the modules. If another tool has replaced one, has
+      changed its class or ``forward`` or put a hook on it, and under torch.fx and
       :func:`torch.jit.script`, it calls one after the other, as before.
     - It is the code that torch.fx traced. As in any traced code, plain Python attributes and global
       state that ``forward`` reads keep their values from the time of conversion. (A
       :class:`torch.nn.Sequential` is not traced; it can still be sliced and appended to.)
+    - It is for calls with the default of each optional argument, and if ``forward`` asks by
+      ``isinstance`` for the type of an input, for tensors and lists. Other calls run the model's
+      own ``forward``.
 
-    A ``forward`` is left alone if torch.fx cannot trace it or its graph would not fit every call:
-    it has optional arguments, asks for the type of a value, differs between training and eval,
-    switches gradients or autocast on or off, draws random numbers except through a module, changes
-    tensors other than parameters and buffers, or changes anything in Python.
+    A batch norm is left as it is where something else could see the difference: its output is
+    used elsewhere, or what it reads may be changed before the last of the operations. A ``forward``
+    is left alone if torch.fx cannot trace it or its graph would not fit every call: it asks for
+    the type of another value, differs between training and eval, switches gradients or autocast on
+    or off, uses :mod:`torch.utils.checkpoint`, draws random numbers except through a module,
+    changes tensors other than parameters and buffers, or changes anything in Python.
     ``conversion_report(model, fuse=True)`` says which and why.
 
     Tracing runs ``forward`` and then puts back what it changed, even if it raised: attributes of
@@ -63,23 +73,36 @@ def convert(model: M, *, fuse: bool = False) -> M:
 
     Args:
         model: any module, possibly a batch norm itself.
-        fuse: whether to fuse batch norms with the ReLU and the residual addition after them.
+        fuse: whether to fuse batch norms with the addition and the activation after them.
 
     Returns:
         :attr:`model`.
+
+    Warns:
+        UserWarning: Opacus has wrapped the model, and could no longer find its batch norms.
 
     Example::
 
         >>> model = bnext.convert(torchvision.models.resnet50(), fuse=True)
     """
-    _swap_classes(model, _CONVERTED)
+    kinds = {type(module) for module in model.modules()}
+    for kind in kinds:
+        adapt(kind)
+    if kinds & OURS.keys() and any(map(_is_of_opacus, model.modules())):
+        warnings.warn(
+            "convert: Opacus has wrapped this model. It knows batch norms, which mix samples, by "
+            "their exact class, and after conversion finds none. See 'With other libraries' in "
+            "the README.",
+            stacklevel=2,
+        )
+    _swap_classes(model, OURS)
     if fuse:
         fusing.fuse(model)
     return model
 
 
 def revert(model: M) -> M:
-    """Undo :func:`convert`: turn bnext's batch norms in :attr:`model` into torch.nn's, in place.
+    """Undo :func:`convert`: give the batch norms in :attr:`model` their classes back, in place.
 
     Use it before tools that compare torch.nn's classes exactly, such as torch.ao's fusion, and
     convert again afterwards. It also undoes ``fuse=True``. A :class:`bnext.BatchNormAct2d` of the
@@ -93,7 +116,12 @@ def revert(model: M) -> M:
         :attr:`model`.
     """
     fusing.unfuse(model)
-    return _swap_classes(model, _REVERTED)
+    return _swap_classes(model, THEIRS)
+
+
+def _is_of_opacus(module: nn.Module) -> bool:
+    wraps = any(kind.__module__.startswith("opacus.grad_sample") for kind in type(module).__mro__)
+    return wraps or "autograd_grad_sample_hooks" in vars(module)
 
 
 def _swap_classes(model: M, classes: dict[type[nn.Module], type[nn.Module]]) -> M:
@@ -110,11 +138,11 @@ class ConversionReport:
     bnext: tuple[str, ...]
     """bnext's own, which :func:`revert` turns back."""
     convertible: tuple[str, ...]
-    """torch.nn's, which :func:`convert` would turn into bnext's."""
+    """Those that :func:`convert` would turn into bnext's."""
     left_alone: dict[str, str]
     """Those that neither touches, and why."""
     fused: tuple[str, ...] = ()
-    """Those that ``convert(model, fuse=True)`` fused with what follows."""
+    """Those computed together with what follows: by ``fuse=True``, or by themselves."""
     fusible: tuple[str, ...] = ()
     """Those that it would fuse; like the next field, only found with ``fuse=True``."""
     unfused: dict[str, str] = field(default_factory=dict)
@@ -154,21 +182,29 @@ def conversion_report(model: nn.Module, *, fuse: bool = False) -> ConversionRepo
     names = {module: name for name, module in model.named_modules()}
     for module, name in names.items():
         kind = type(module)
-        if kind in _REVERTED:
+        adapt(kind)
+        if kind in THEIRS:
             bnext.append(name)
-        elif kind in _CONVERTED:
+        elif kind in OURS:
             convertible.append(name)
         elif _is_norm(module):
             left_alone[name] = _why_left_alone(module)
     fused = fusing.fused(model)
     found, why = fusing.find(model) if fuse else (set(), {})
+    own = {module: own_activation(module) for module in names}
+    fused |= {m for m, act in own.items() if type(m) in THEIRS and isinstance(act, tuple)}
+    if fuse:
+        found |= {m for m, act in own.items() if isinstance(act, tuple)}
+        why |= {m: reason for m, reason in own.items() if isinstance(reason, str)}
+        others = (m for m in names if type(m) in THEIRS and m not in found | fused | why.keys())
+        why |= dict.fromkeys(others, "fusing does not know its class")
     return ConversionReport(
         tuple(bnext),
         tuple(convertible),
         left_alone,
         tuple(name for module, name in names.items() if module in fused),
         tuple(name for module, name in names.items() if module in found - fused),
-        {names[module]: reason for module, reason in why.items()},
+        {names[module]: why[module] for module in why if module not in found | fused},
         tuple(names[module] for module in _redundant_biases(model, fuse)),
     )
 
@@ -182,15 +218,15 @@ def _redundant_biases(model: nn.Module, traced: bool) -> list[nn.Module]:
 
 def _convolutions(parent: nn.Module, traced: bool) -> Iterator[tuple[nn.Module, bool]]:
     """The convolutions with a bias that a module calls, and whether only batch norms read them."""
-    kind = fusing._own_class(parent)
+    kind = own_class(parent)
     calls: list[tuple[nn.Module, list[nn.Module | None]]] = []
     sequential = issubclass(kind, nn.Sequential) and kind.forward is nn.Sequential.forward
     if sequential and "forward" not in vars(parent):
         following = itertools.pairwise([*parent._modules.values(), None])
         calls = [(module, [reader]) for module, reader in following if module is not None]
     elif traced and any(isinstance(child, conv._ConvNd) for child in [*parent.modules()][1:]):
-        graph = trace(parent, kind)
-        nodes = () if isinstance(graph, str) else graph.nodes
+        found = trace(parent, kind)
+        nodes = () if isinstance(found, str) else found.graph.nodes
         called = {n: parent.get_submodule(str(n.target)) for n in nodes if n.op == "call_module"}
         calls = [
             (module, [called.get(n) if _normalizes(n, node) else None for n in node.users])
@@ -217,7 +253,7 @@ def _is_batch_norm(module: nn.Module | None) -> bool:
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module computes what torch.nn's or bnext's does, and nothing looks on."""
     files = (conv.__name__, batchnorm.__name__, modules.__name__, distributed.__name__)
-    return type(module).forward.__module__ in files and not fusing._is_watched(module)
+    return type(module).forward.__module__ in files and not is_watched(module)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -237,5 +273,5 @@ def _why_left_alone(module: nn.Module) -> str:
     if isinstance(module, torch.nn.SyncBatchNorm):
         return f"{kind}: normalises over processes"
     if isinstance(module, batchnorm._BatchNorm):
-        return f"{kind}: a subclass, which may compute something else"
-    return f"{kind}: not a batch norm of torch.nn"
+        return f"{kind}: a subclass, which may compute something else (see bnext.register)"
+    return f"{kind}: no batch norm that bnext knows (see bnext.register)"

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from bnext._activation import check_activation, parameter
+from bnext._activation import Act, check_activation, named, parameter
 from bnext._call import check_residual, normalize
 from bnext._sync import sharing, sync_normalize
 from bnext.modules import _BatchNormAct, act_repr, add_by_its_rules, fx_leaf, statistics
@@ -66,17 +66,17 @@ class SyncBatchNorm(_BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        act: str | None = None,
+        act: Act = None,
         act_param: float | None = None,
     ) -> None:
-        check_activation(act, act_param)
+        name, act_param = named(act, act_param)
         # Only if asked for: torch before 2.13 refuses the argument.
         optional: dict[str, Any] = {} if bias else {"bias": False}
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **optional
         )
         self.process_group = process_group
-        self.act, self.act_param = act, act_param
+        self.act, self.act_param = name, act_param
 
     _check_input_dim: Any = nn.SyncBatchNorm._check_input_dim
     _check_non_zero_input_channels: Any = nn.SyncBatchNorm._check_non_zero_input_channels

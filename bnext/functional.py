@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
-from bnext._activation import activate, check_activation, parameter
+from bnext._activation import Act, activate, named, parameter
 from bnext._autograd import BatchNormFunction
 from bnext._call import is_scripting, normalize
 from bnext._detours import ask_torch, compose, fx_node
@@ -52,7 +52,7 @@ def batch_norm_act(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
-    act: str | None = "relu",
+    act: Act = "relu",
     act_param: float | None = None,
 ) -> Tensor:
     r"""Apply batch normalisation, add a residual and apply an activation, in one pass.
@@ -79,9 +79,11 @@ def batch_norm_act(
         momentum: the weight of the batch in the running statistics.
         eps: added to the variance.
         act: ``"relu"``, ``"relu6"``, ``"leaky_relu"``, ``"silu"``, ``"hardswish"``, ``"gelu"``,
-            ``"gelu_tanh"``, ``"elu"``, ``"tanh"``, ``"sigmoid"``, or ``None`` for no activation.
+            ``"gelu_tanh"``, ``"elu"``, ``"tanh"``, ``"sigmoid"``; a module of torch.nn that
+            computes one of these, such as ``nn.LeakyReLU(0.1)``, or its class; or ``None`` (also
+            ``nn.Identity``) for no activation. A script takes names only.
         act_param: the negative slope of ``"leaky_relu"`` (default 0.01) or the alpha of ``"elu"``
-            (default 1.0).
+            (default 1.0); ``None`` where :attr:`act` is a module, which has its own.
 
     Shape:
         - Input, residual, output: :math:`(N, C)`, :math:`(N, C, L)`, :math:`(N, C, H, W)` or
@@ -104,9 +106,10 @@ def batch_norm_act(
     if is_scripting():
         return compose(
             input, weight, bias, residual, running_mean, running_var, None,
-            training, momentum, eps, act, parameter(act, act_param),
+            training, momentum, eps, act, parameter(act, act_param),  # type: ignore[arg-type]
         )  # fmt: skip
     else:  # noqa: RET505  (the script compiler skips an else, but not what follows)
+        act, act_param = named(act, act_param)
         if has_torch_function_variadic(input, running_mean, running_var, weight, bias, residual):
             node: Tensor | None = fx_node(
                 batch_norm_act, input, running_mean, running_var, weight, bias, residual,
@@ -114,7 +117,6 @@ def batch_norm_act(
             )  # fmt: skip
             if node is not None:
                 return node
-        check_activation(act, act_param)
         if not (
             isinstance(input, Tensor)
             and isinstance(running_mean, _TENSOR_OR_NONE)

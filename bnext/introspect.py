@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bnext._activation import ACTIVATIONS, check_activation
+from bnext._activation import ACTIVATIONS, Act, named
 from bnext._ops import _C, DOUBLE_BACKWARD_DEVICES
 from bnext._predict import Prediction, predict
 
@@ -82,7 +82,7 @@ def explain(
     memory_format: torch.memory_format = torch.contiguous_format,
     training: bool = True,
     device: torch.device | str | CudaInfo = "cpu",
-    act: str | None = None,
+    act: Act = None,
     residual: bool = False,
     num_threads: int | None = None,
 ) -> Explanation:
@@ -95,7 +95,7 @@ def explain(
         training: whether it normalises by batch statistics.
         device: where the input is: ``"cpu"``, a GPU of this machine (``"cuda"``, ``"cuda:1"``), or
             the numbers of any GPU (one of :data:`GPUS`, or a :class:`CudaInfo`).
-        act: the activation, a name or ``None``; see :func:`bnext.functional.batch_norm_act`.
+        act: the activation, or ``None``; see :func:`bnext.functional.batch_norm_act`.
         residual: whether a residual is added.
         num_threads: how many threads a CPU has; torch's number by default.
 
@@ -121,7 +121,7 @@ def explain(
     ):
         raise ValueError(f"no tensor of {len(shape)} dimensions is in {memory_format}")
     info = device if isinstance(device, CudaInfo) else _device_info(device, num_threads)
-    check_activation(act, None)
+    act, _ = named(act, None)
 
     def plan(stage: str) -> Any:
         problem = (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Proxy
 
-from bnext._activation import activate, check_activation, parameter
+from bnext._activation import Act, activate, check_activation, named, parameter
 from bnext._call import is_scripting, normalize, tracing_state
 from bnext._detours import compose, undone_on_error
 
@@ -231,16 +231,16 @@ class _BatchNormAct(_BatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        act: str | None = "relu",
+        act: Act = "relu",
         act_param: float | None = None,
     ) -> None:
-        check_activation(act, act_param)
+        name, act_param = named(act, act_param)
         # Only if asked for: torch before 2.13 refuses the argument.
         optional: dict[str, Any] = {} if bias else {"bias": False}
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device, dtype, **optional
         )
-        self.act = act
+        self.act = name
         self.act_param = None if act_param is None else float(act_param)  # a script takes no int
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -283,10 +283,11 @@ class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as in
             :class:`torch.nn.BatchNorm2d` (which has :attr:`bias` from torch 2.13 on)
-        act: a name, or ``None`` for no activation; see :func:`bnext.functional.batch_norm_act`.
-            Default: ``"relu"``
+        act: a name, a module of torch.nn such as ``nn.SiLU()``, its class, or ``None`` for no
+            activation; see :func:`bnext.functional.batch_norm_act`. The attribute of this name
+            holds the activation's name. Default: ``"relu"``
         act_param: the negative slope of ``"leaky_relu"`` or the alpha of ``"elu"``. Default:
-            ``None``, which means torch.nn's default
+            ``None``, which means torch.nn's default, or what the module given as :attr:`act` has
 
     Shape:
         - Input: :math:`(N, C, H, W)`
@@ -303,7 +304,7 @@ class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
         Tools that replace batch norms by type or attributes drop the activation, for example
         :meth:`torch.nn.SyncBatchNorm.convert_sync_batchnorm` (use :class:`bnext.SyncBatchNorm`'s),
         :func:`torch.nn.utils.fuse_conv_bn_eval` and timm's ``freeze_batch_norm_2d``. They may
-        replace a batch norm that :func:`bnext.convert` fused with a ReLU: its caller notices.
+        replace a batch norm that :func:`bnext.convert` fused: its caller notices.
 
     Example::
 

@@ -157,7 +157,7 @@ def test_unknown_activation_is_a_value_error() -> None:
         lambda **act: bnext.BatchNormAct1d(3, **act),
         lambda **act: bnext.SyncBatchNorm(3, **act),
     ):
-        for act in ("softplus", ["relu"], nn.ReLU()):  # a list has no hash
+        for act in ("softplus", ["relu"], nn.Softplus(), nn.Hardtanh, F.relu):  # a list has no hash
             with pytest.raises(
                 ValueError, match=r"act must be one of 'relu', .* but got "
             ) as error:
@@ -165,6 +165,8 @@ def test_unknown_activation_is_a_value_error() -> None:
             assert repr(act) in str(error.value)
         with pytest.raises(ValueError, match="act_param must be None where act is 'relu', but got"):
             make(act="relu", act_param=0.1)
+        with pytest.raises(ValueError, match=r"act_param must be None where act is LeakyReLU\("):
+            make(act=nn.LeakyReLU(0.1), act_param=0.1)
         for param in ("0.1", torch.tensor(0.1), [0.1], 1j):
             with pytest.raises(TypeError, match="act_param must be a float or None, but got"):
                 make(act="elu", act_param=param)

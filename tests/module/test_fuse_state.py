@@ -162,7 +162,7 @@ EFFECTS = {  # and what the reason names
     "nonlocal": (lambda n, y: COUNT(y), "nonlocal total"),
     "closure": (lambda n, y: KEEP(y), "nonlocal seen"),
     "buffer": (lambda n, y: n.register_buffer("more", torch.zeros(1)), "the module's"),
-    "buffer assigned": (lambda n, y: setattr(n, "steps", n.steps + 1), "_buffers"),
+    "buffer assigned": (lambda n, y: setattr(n, "steps", n.steps + 1), "the module's steps"),
     "hook": (lambda n, y: n.inner.register_forward_hook(print), "_forward_hooks"),
     "child mode": (lambda n, y: n.inner.eval(), "training mode"),
     "tensor": (lambda n, y: n.plain.add_(1), "changes a tensor"),

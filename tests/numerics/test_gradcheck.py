@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import bnext
 from bnext import reference
 from bnext.functional import batch_norm, batch_norm_act
 from cases import AFFINE, DTYPES, LAYOUTS, Case, make
@@ -121,3 +122,24 @@ def test_double_backward_in_float32_matches_torch(training, device) -> None:
         grads.append(torch.autograd.grad(loss, (x, w, b)))
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("wanted", ["", "bias", "weight", "weight bias"])
+def test_frozen_statistics_keep_the_input_only_for_the_weight(wanted, layout, device) -> None:
+    module = bnext.BatchNorm2d(4, device=device).double().eval().requires_grad_(False)
+    parameters = [getattr(module, name).requires_grad_() for name in wanted.split()]
+    module.running_mean.normal_(), module.running_var.uniform_(0.5, 2)
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64, device=device)
+    x = x.contiguous(memory_format=layout).requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = module(x)
+    assert any(t.shape == x.shape for t in kept) is ("weight" in wanted)
+    grad_out = torch.randn(3, 4, 6, 5, dtype=torch.float64, device=device).transpose(2, 3)
+    grads = torch.autograd.grad(y, [x, *parameters], grad_out)
+    stats = module.running_mean, module.running_var
+    expected = reference.backward(grad_out, x.detach(), module.weight.detach(), stats)
+    names = "input", *wanted.split()
+    torch.testing.assert_close([*grads], [getattr(expected, name) for name in names])
+    assert torch.autograd.gradcheck(module, x) and torch.autograd.gradgradcheck(module, x)
