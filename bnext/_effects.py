@@ -1,7 +1,7 @@
 """What the calls of a traced forward do to memory: which may write it, and which share it."""
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -9,11 +9,11 @@ from torch import fx, nn
 from torch.nn.modules import conv
 
 from bnext._trace import IN_PLACE_OPERATORS, Traced, trace
-from bnext._waiting import OURS, is_sequential
+from bnext._waiting import is_ours, is_sequential, is_watched
 
-__all__ = ["ADDS", "FUSIBLE", "IN_PLACE_ADDS", "Effects", "called", "calls", "own_class"]
+__all__ = ["ADDS", "IN_PLACE_ADDS", "Effects", "called", "calls", "is_fusible", "own_class"]
 
-FUSIBLE: set[type[nn.Module]] = {*OURS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
+_CONVERTIBLE = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
 
 IN_PLACE_ADDS: set[Any] = {operator.iadd, "add_"}
 ADDS: set[Any] = {operator.add, torch.add, "add", *IN_PLACE_ADDS}
@@ -39,9 +39,11 @@ class Effects:
     def copies(self, module: nn.Module) -> bool:
         """Whether what a module returns shares no memory with its input."""
         kind = own_class(module)
+        if is_watched(module):
+            return False
         if is_sequential(kind):
             return any(map(self.copies, module.children()))
-        if kind in FUSIBLE or kind is nn.Linear:
+        if is_fusible(module) or kind is nn.Linear:
             return True
         if kind.forward.__module__.startswith("torch.nn.modules."):
             return kind.forward.__module__ == conv.__name__
@@ -53,6 +55,8 @@ class Effects:
     def writes(self, module: nn.Module) -> bool:
         """Whether a module may change its input."""
         kind = own_class(module)
+        if is_watched(module):
+            return True
         if is_sequential(kind):
             for child in module.children():
                 if self.writes(child):
@@ -60,7 +64,7 @@ class Effects:
                 if self.copies(child):
                     break
             return False
-        if kind in FUSIBLE or kind.forward.__module__.startswith("torch.nn.modules."):
+        if is_fusible(module) or kind.forward.__module__.startswith("torch.nn.modules."):
             return any(getattr(m, "inplace", False) for m in module.modules())
         traced = self.traced(module)
         return isinstance(traced, str) or any(
@@ -119,6 +123,11 @@ class Effects:
         return any(n.op in ("placeholder", "get_attr") for n in memory)
 
 
+def is_fusible(module: nn.Module) -> bool:
+    """Whether a module is a batch norm that can wait once it is converted."""
+    return is_ours(module) or type(module) in _CONVERTIBLE
+
+
 def own_class(module: nn.Module) -> type[nn.Module]:
     """A module's class before it was fused."""
     # Only of the class itself: a subclass of a fused class is another tool's.
@@ -131,6 +140,6 @@ def called(node: fx.Node, module: nn.Module) -> nn.Module:
     return module.get_submodule(str(node.target))
 
 
-def calls(node: fx.Node, targets: set[Any]) -> bool:
+def calls(node: fx.Node, targets: Container[Any]) -> bool:
     """Whether a node calls one of these functions, or methods by name."""
     return node.op in ("call_function", "call_method") and node.target in targets

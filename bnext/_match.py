@@ -151,7 +151,7 @@ def _other(add: fx.Node, value: fx.Node) -> fx.Node:
 def _activation(node: fx.Node, module: nn.Module) -> tuple[str | None, float | None] | None:
     if node.op == "call_module":
         return of_module(called(node, module)) if len(node.args) == 1 else None
-    if not calls(node, _ACTIVATIONS.keys()):  # type: ignore[arg-type]
+    if not calls(node, _ACTIVATIONS):
         return None
     try:
         return of_module(_ACTIVATIONS[node.target](*node.args[1:], **node.kwargs))
