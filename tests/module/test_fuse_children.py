@@ -124,7 +124,15 @@ def child_of(model: nn.Module) -> nn.Module:
     return model.layer
 
 
+def doubling_subclass(module: nn.Module) -> None:
+    kind = type(module)
+    contents = {"forward": lambda self, x: kind.forward(self, x) * 2}
+    module.__class__ = type(f"Doubled{kind.__name__}", (kind,), contents)
+
+
 CHANGES = {
+    "another tool's class": lambda m: doubling_subclass(m.layer[1]),
+    "another tool's Sequential": lambda m: doubling_subclass(m.layer),
     "hook": lambda m: child_of(m).register_forward_hook(lambda m, x, y: y + 1),
     "pre-hook": lambda m: child_of(m).register_forward_pre_hook(lambda m, x: (x[0] * 2,)),
     "hook of the last": lambda m: child_of(m)[1].register_forward_hook(lambda m, x, y: y * 2),
