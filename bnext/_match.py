@@ -74,7 +74,7 @@ def match(
 ) -> Chain | str:
     """What is fused with a call, or why nothing is; other calls have :attr:`taken` some nodes."""
     if len(call.args) != 1 or call.kwargs or not isinstance(call.args[0], fx.Node):
-        return "it is called with more than an input"
+        return "it is not called with one positional argument"
     nodes, added, activated, reason = [call], tail.added, False, ""
     while not (activated or reason):
         last = nodes[-1]

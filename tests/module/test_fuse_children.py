@@ -208,3 +208,33 @@ def test_a_child_that_still_reads_its_input_when_that_is_changed(child, names) -
     with torch.no_grad():
         for training in (True, False):
             assert_close(model.train(training)(x), original.train(training)(x))
+
+
+class Shifted(ConvNorm):
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        y = self.conv(x)
+        return self.norm(y if shift is None else y + shift)
+
+
+class Caller(nn.Module):
+    def __init__(self, call) -> None:
+        super().__init__()
+        self.child, self.act, self.call = Shifted(), nn.ReLU(), call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.call(self.child, x))
+
+
+@pytest.mark.parametrize(
+    ("call", "names"),
+    [(lambda child, x: child(x), ["child.norm"]), (lambda child, x: child(x, x), []),
+     (lambda child, x: child(x, shift=x), []), (lambda child, x: child(x=x), [])],
+)  # fmt: skip
+def test_a_child_is_called_with_what_it_is_given(call, names) -> None:
+    original = randomised(Caller(call))
+    model = bnext.convert(copy.deepcopy(original), fuse=True)
+    assert fused(model) == names
+    assert_same_model(model, original)
+    if not names:
+        reason = bnext.conversion_report(model, fuse=True).unfused["child.norm"]
+        assert "one positional argument" in reason
