@@ -9,11 +9,11 @@ from torch import fx, nn
 from torch.nn.modules import conv
 
 from bnext._trace import IN_PLACE_OPERATORS, Traced, trace
-from bnext._waiting import is_ours, is_sequential, is_watched
+from bnext._waiting import OURS, is_sequential, is_watched
 
-__all__ = ["ADDS", "IN_PLACE_ADDS", "Effects", "called", "calls", "is_fusible", "own_class"]
+__all__ = ["ADDS", "FUSIBLE", "IN_PLACE_ADDS", "Effects", "called", "calls", "own_class"]
 
-_CONVERTIBLE = {nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
+FUSIBLE: set[type[nn.Module]] = {*OURS, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d}
 
 IN_PLACE_ADDS: set[Any] = {operator.iadd, "add_"}
 ADDS: set[Any] = {operator.add, torch.add, "add", *IN_PLACE_ADDS}
@@ -43,7 +43,7 @@ class Effects:
             return False
         if is_sequential(kind):
             return any(map(self.copies, module.children()))
-        if is_fusible(module) or kind is nn.Linear:
+        if kind in FUSIBLE or kind is nn.Linear:
             return True
         if kind.forward.__module__.startswith("torch.nn.modules."):
             return kind.forward.__module__ == conv.__name__
@@ -64,7 +64,7 @@ class Effects:
                 if self.copies(child):
                     break
             return False
-        if is_fusible(module) or kind.forward.__module__.startswith("torch.nn.modules."):
+        if kind in FUSIBLE or kind.forward.__module__.startswith("torch.nn.modules."):
             return any(getattr(m, "inplace", False) for m in module.modules())
         traced = self.traced(module)
         return isinstance(traced, str) or any(
@@ -121,11 +121,6 @@ class Effects:
     def _reach_inputs(self, node: fx.Node, module: nn.Module) -> bool:
         memory = self.memory(node.all_input_nodes, module)
         return any(n.op in ("placeholder", "get_attr") for n in memory)
-
-
-def is_fusible(module: nn.Module) -> bool:
-    """Whether a module is a batch norm that can wait once it is converted."""
-    return is_ours(module) or type(module) in _CONVERTIBLE
 
 
 def own_class(module: nn.Module) -> type[nn.Module]:

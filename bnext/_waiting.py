@@ -18,11 +18,11 @@ from bnext import modules
 from bnext._activation import of_module, parameter
 
 __all__ = [
-    "Activate", "Waiting", "add", "add_into", "add_onto", "call", "can_pass", "head_of", "is_ours",
+    "OURS", "Activate", "Waiting", "add", "add_into", "add_onto", "call", "can_pass", "head_of",
     "is_sequential", "is_watched", "result", "sequential_head",
 ]  # fmt: skip
 
-_OURS: set[type[nn.Module]] = {modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d}
+OURS: set[type[nn.Module]] = {modules.BatchNorm1d, modules.BatchNorm2d, modules.BatchNorm3d}
 
 # Modules that return their input in eval and where this attribute is 0.
 _DROPOUTS = {
@@ -63,7 +63,7 @@ def call(module: nn.Module, value: Any) -> Any:
         value = value.compute()
     if watched or not isinstance(value, Tensor):
         return module(value)
-    if is_ours(module):
+    if type(module) in OURS:
         return Waiting(module, value)
     head = head_of(module)
     return module(value) if head is None else head(module, value)
@@ -123,11 +123,6 @@ class Activate:
 def result(value: Any) -> Any:
     """What waits, computed."""
     return value.compute() if type(value) is Waiting else value
-
-
-def is_ours(module: nn.Module) -> bool:
-    """Whether a module is a batch norm that can wait: it normalises, and nothing else."""
-    return type(module) in _OURS
 
 
 def can_pass(module: nn.Module) -> bool:

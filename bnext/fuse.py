@@ -18,7 +18,7 @@ from typing import cast
 from torch import Tensor, fx, nn
 
 from bnext._activation import of_module
-from bnext._effects import Effects, is_fusible, own_class
+from bnext._effects import FUSIBLE, Effects, own_class
 from bnext._fused_class import (
     Code,
     FusedForward,
@@ -29,7 +29,7 @@ from bnext._fused_class import (
 )
 from bnext._match import Chain, Tail, compute, match, rewrite
 from bnext._trace import Traced, trace
-from bnext._waiting import can_pass, head_of, is_ours, is_sequential, sequential_head
+from bnext._waiting import OURS, can_pass, head_of, is_sequential, sequential_head
 
 __all__ = ["FusedForward", "find", "fuse", "fused", "unfuse"]
 
@@ -78,13 +78,13 @@ def fused(model: nn.Module) -> set[nn.Module]:
         else:
             children = dict(module.named_modules(remove_duplicate=False))
             found |= {children[name] for name in module._fused if name in children}
-    return {bn for bn in found if is_ours(bn)}
+    return {bn for bn in found if type(bn) in OURS}
 
 
 def find(model: nn.Module) -> tuple[set[nn.Module], dict[nn.Module, str]]:
     """The batch norms that `fuse` has fused or would fuse, and why it does not fuse the others."""
     names, plans = {module: name for name, module in model.named_modules()}, _Plans()
-    why = {bn: "no forward that could be traced calls it" for bn in names if is_fusible(bn)}
+    why = {bn: "no forward that could be traced calls it" for bn in names if type(bn) in FUSIBLE}
     if model in why:
         why[model] = "it is the model itself"
     found = fused(model)
@@ -111,8 +111,8 @@ def _callees(module: nn.Module) -> Iterator[nn.Module]:
 
 def _is_parent(module: nn.Module) -> bool:
     return (
-        not is_fusible(module)
-        and any(map(is_fusible, module.modules()))
+        type(module) not in FUSIBLE
+        and any(type(child) in FUSIBLE for child in module.modules())
         and not issubclass(own_class(module), FusedForward)
         and type(module).forward is not nn.Module.forward
     )
@@ -148,7 +148,7 @@ def _sequence(
 
 def _present_tail(module: nn.Module) -> Tail | None:
     """The tail of a module as it is fused now."""
-    if is_fusible(module):
+    if type(module) in FUSIBLE:
         return Tail(module)
     if head_of(module) is sequential_head:
         return _sequence(module, _present_tail, bool).tail
@@ -171,7 +171,7 @@ class _Plans:
 
     def tail(self, module: nn.Module) -> Tail | None:
         """The batch norm that a module's caller may compute."""
-        if is_fusible(module):
+        if type(module) in FUSIBLE:
             return Tail(module)
         if not _is_parent(module) or type(module).__call__ is not nn.Module.__call__:
             return None
