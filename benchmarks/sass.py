@@ -1,6 +1,5 @@
 """Instructions per element of the CUDA kernels' hot loops, read from their machine code: no GPU."""
 
-import csv
 import re
 import shlex
 import shutil
@@ -9,12 +8,13 @@ import sys
 import sysconfig
 import tempfile
 from collections import Counter
-from dataclasses import astuple, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import ninja
 
 import setup
+from benchmarks import report
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc" / "cuda"
@@ -287,12 +287,12 @@ def run(out: Path, archs: list[str], pattern: str) -> int:
     except MissingToolError as error:
         print(f"sass: not counted: {error}", file=sys.stderr)
         return 1
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "sass.csv", "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(f.name for f in fields(Kernel))
-        for k in kernels:
-            writer.writerow(f"{v:.2f}" if isinstance(v, float) else v for v in astuple(k))
+    facts = {key: report.provenance()[key] for key in ("date", "commit", "bnext")}
+    facts |= {"nvcc": setup.probe_cuda().version, "counted": "instructions an element"}
+    report.write_csv(out / "sass.csv", facts, ({
+        name: f"{value:.2f}" if isinstance(value, float) else value
+        for name, value in asdict(k).items()
+    } for k in kernels))  # fmt: skip
     print(
         f"{'copy':>5} {'reduce':>6} {'apply':>6} {'all':>6} {'fp64':>5} {'conv':>5} "
         "regs warps local"

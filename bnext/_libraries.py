@@ -19,6 +19,7 @@ from bnext._call import normalize, tracing_state
 from bnext._effects import FUSIBLE
 from bnext._registry import OURS, register
 from bnext._waiting import ADAPTED, is_watched
+from bnext.distributed import SyncBatchNorm
 
 __all__ = ["Frozen", "WithAct", "adapt", "own_activation"]
 
@@ -140,6 +141,10 @@ _ACTIVATIONS = {
 }  # fmt: skip
 
 
+ADAPTED.add(SyncBatchNorm)
+FUSIBLE.update((nn.SyncBatchNorm, SyncBatchNorm))
+
+
 def adapt(theirs: type[nn.Module]) -> None:
     """Register what `convert` makes of a class, if it is one that is known here."""
     name = _name(theirs)
@@ -170,7 +175,11 @@ def adapt(theirs: type[nn.Module]) -> None:
 def own_activation(module: nn.Module) -> tuple[str | None, float | None] | str | None:
     """What a batch norm computes with itself once converted, or why not; ``None`` without one."""
     kind: Any = OURS.get(type(module), type(module))
-    act = kind.activation(module) if issubclass(kind, WithAct) else (None, None)
+    act: tuple[str | None, float | None] | str = (None, None)
+    if issubclass(kind, WithAct):
+        act = kind.activation(module)
+    elif isinstance(module, SyncBatchNorm):
+        act = module.act, module.act_param
     return None if act == (None, None) else act
 
 

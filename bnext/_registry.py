@@ -3,6 +3,7 @@
 from torch import nn
 
 from bnext import modules
+from bnext.distributed import SyncBatchNorm
 
 __all__ = ["OURS", "THEIRS", "register"]
 
@@ -82,3 +83,5 @@ def _name(kind: type) -> str:
 for _prefix in ("BatchNorm", "LazyBatchNorm"):
     for _dimensions in ("1d", "2d", "3d"):
         register(getattr(nn, _prefix + _dimensions), getattr(modules, _prefix + _dimensions))
+# Not a subclass: see its docstring.
+OURS[nn.SyncBatchNorm], THEIRS[SyncBatchNorm] = SyncBatchNorm, nn.SyncBatchNorm

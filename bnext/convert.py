@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-import torch
 from torch import fx, nn
 from torch.nn.modules import batchnorm, conv
 from torch.nn.utils import parametrize
@@ -30,14 +29,14 @@ def convert(model: M, *, fuse: bool = False) -> M:
     Only the class of each module changes. Modules, parameters, buffers, hooks, flags and an
     optimizer's references stay as they are. Converted are modules of exactly these classes:
 
-    - :class:`torch.nn.BatchNorm1d`, ``2d``, ``3d`` and the lazy ones;
+    - :class:`torch.nn.BatchNorm1d`, ``2d``, ``3d``, the lazy ones and ``SyncBatchNorm``;
     - timm's ``BatchNormAct2d`` and ``FrozenBatchNormAct2d``, whose ``act`` is then computed in the
       same pass if its ``drop`` is an identity;
     - torchvision's ``FrozenBatchNorm2d`` and its copies in transformers;
     - those that :func:`bnext.register` was given.
 
-    Subclasses of them (``SyncBatchNorm``, parametrised modules) may compute something else; they
-    and other norms are left alone: see :func:`conversion_report`. Converting a second time changes
+    Subclasses of them (parametrised modules, for example) may compute something else; they and
+    other norms are left alone: see :func:`conversion_report`. Converting a second time changes
     nothing.
 
     With :attr:`fuse`, a batch norm is computed in one pass with the addition and the activation
@@ -106,8 +105,8 @@ def revert(model: M) -> M:
 
     Use it before tools that compare torch.nn's classes exactly, such as torch.ao's fusion, and
     convert again afterwards. It also undoes ``fuse=True``. A :class:`bnext.BatchNormAct2d` of the
-    model itself stays: as a :class:`torch.nn.BatchNorm2d` it would lose its activation.
-    :func:`conversion_report` lists these.
+    model itself stays, and so does a :class:`bnext.SyncBatchNorm` with an activation: as torch.nn's
+    they would lose it. :func:`conversion_report` lists these.
 
     Args:
         model: any module, possibly a batch norm itself.
@@ -126,9 +125,14 @@ def _is_of_opacus(module: nn.Module) -> bool:
 
 def _swap_classes(model: M, classes: dict[type[nn.Module], type[nn.Module]]) -> M:
     for module in model.modules():
-        if type(module) in classes:
+        if type(module) in classes and not _has_more(module):
             module.__class__ = classes[type(module)]
     return model
+
+
+def _has_more(module: nn.Module) -> bool:
+    """Whether torch.nn's class of a batch norm would lose its activation."""
+    return isinstance(module, distributed.SyncBatchNorm) and module.act is not None
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,7 @@ def conversion_report(model: nn.Module, *, fuse: bool = False) -> ConversionRepo
     for module, name in names.items():
         kind = type(module)
         adapt(kind)
-        if kind in THEIRS:
+        if kind in THEIRS and not _has_more(module):
             bnext.append(name)
         elif kind in OURS:
             convertible.append(name)
@@ -191,7 +195,7 @@ def conversion_report(model: nn.Module, *, fuse: bool = False) -> ConversionRepo
             left_alone[name] = _why_left_alone(module)
     fused = fusing.fused(model)
     found, why = fusing.find(model) if fuse else (set(), {})
-    own = {module: own_activation(module) for module in names}
+    own = {module: own_activation(module) for module in names if not _has_more(module)}
     fused |= {m for m, act in own.items() if type(m) in THEIRS and isinstance(act, tuple)}
     if fuse:
         found |= {m for m, act in own.items() if isinstance(act, tuple)}
@@ -264,14 +268,12 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _why_left_alone(module: nn.Module) -> str:
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
-    if isinstance(module, modules._BatchNorm):
-        if isinstance(module, modules._BatchNormAct):
+    if isinstance(module, modules._BatchNorm | distributed.SyncBatchNorm):
+        if isinstance(module, modules._BatchNormAct) or _has_more(module):
             return f"{kind}: torch.nn has no batch norm with an activation to revert to"
         return f"{kind}: a subclass of bnext's"
     if parametrize.is_parametrized(module):
         return f"{kind}: parametrised, which made a class of its own; convert before parametrising"
-    if isinstance(module, torch.nn.SyncBatchNorm):
-        return f"{kind}: normalises over processes"
     if isinstance(module, batchnorm._BatchNorm):
         return f"{kind}: a subclass, which may compute something else (see bnext.register)"
     return f"{kind}: no batch norm that bnext knows (see bnext.register)"

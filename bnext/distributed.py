@@ -98,6 +98,10 @@ class SyncBatchNorm(_BatchNorm):
             act, act_param,
         )  # fmt: skip
 
+    def can_wait(self, input: Tensor) -> bool:
+        """Whether the result may be computed later, with what follows it."""
+        return self.act is None
+
     def _normalize(
         self, input: Tensor, residual: Tensor | None, act: str | None, act_param: float
     ) -> Tensor:

@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 KINDS = {
     "bn": "BatchNorm2d", "tower.1": "BatchNorm2d", "norm1d": "BatchNorm1d",
-    "norm3d": "BatchNorm3d", "lazy": "LazyBatchNorm2d",
+    "norm3d": "BatchNorm3d", "lazy": "LazyBatchNorm2d", "sync": "SyncBatchNorm",
 }  # fmt: skip
 
 
@@ -48,7 +48,7 @@ def test_exactly_torchs_classes_are_swapped_in_place_and_back() -> None:
     assert bnext.convert(model) is model
     for name, kind in KINDS.items():
         assert type(model.get_submodule(name)) is getattr(bnext, kind), name
-    for name in ("group", "custom", "sync", "conv"):
+    for name in ("group", "custom", "conv"):
         assert not type(model.get_submodule(name)).__module__.startswith("bnext"), name
     assert identities(model) == before
     assert bnext.revert(model) is model
@@ -132,9 +132,27 @@ def test_act_modules_and_our_subclasses_are_not_reverted() -> None:
     class Mine(bnext.BatchNorm2d):
         pass
 
-    model = nn.Sequential(bnext.BatchNormAct2d(3), Mine(3), bnext.BatchNorm2d(3))
+    active = bnext.SyncBatchNorm(3, act="silu")
+    model = nn.Sequential(bnext.BatchNormAct2d(3), Mine(3), bnext.BatchNorm2d(3), active)
     bnext.revert(model)
-    assert [type(m) for m in model] == [bnext.BatchNormAct2d, Mine, nn.BatchNorm2d]
+    kinds = [bnext.BatchNormAct2d, Mine, nn.BatchNorm2d, bnext.SyncBatchNorm]
+    assert [type(m) for m in model] == kinds
+    report = bnext.conversion_report(model, fuse=True)
+    assert "activation to revert to" in report.left_alone["3"] and "3" not in report.fused
+
+
+def test_a_synchronised_one_is_fused_with_what_follows() -> None:
+    model = nn.Sequential(
+        nn.SyncBatchNorm(3), nn.SiLU(), bnext.SyncBatchNorm(3, act="relu"), nn.Tanh()
+    )
+    expected = copy.deepcopy(model)
+    bnext.convert(model, fuse=True)
+    report = bnext.conversion_report(model, fuse=True)
+    assert report.fused == ("0",) and report.bnext == ("0",)
+    x = torch.randn(4, 3, 5)
+    torch.testing.assert_close(model(x), expected(x), rtol=1e-4, atol=1e-5)
+    bnext.revert(model)
+    assert type(model[0]) is nn.SyncBatchNorm and type(model) is nn.Sequential
 
 
 def test_report_names_what_was_left_alone_and_why() -> None:
@@ -142,7 +160,7 @@ def test_report_names_what_was_left_alone_and_why() -> None:
     report = bnext.conversion_report(model)
     assert set(report.convertible) == set(KINDS)
     assert report.bnext == ()
-    assert set(report.left_alone) == {"group", "custom", "sync"}
+    assert set(report.left_alone) == {"group", "custom"}
     report = bnext.conversion_report(bnext.convert(model))
     assert report.convertible == () and set(report.bnext) == set(KINDS)
     for name, why in report.left_alone.items():

@@ -386,8 +386,10 @@ def is_copied_and_converted() -> None:
     ranks, rank = dist.get_world_size(), dist.get_rank()
     x = torch.randn(2 * ranks, 3, 4, 4)
     expected = nn.Sequential(nn.BatchNorm2d(3), nn.SiLU(), nn.BatchNorm2d(3))(x)
-    y = copy.deepcopy(model)(x.chunk(ranks)[rank])
-    torch.testing.assert_close(y, expected.chunk(ranks)[rank], rtol=1e-4, atol=1e-5)
+    theirs = nn.Sequential(nn.SyncBatchNorm(3), nn.SiLU(), nn.SyncBatchNorm(3))
+    for kind in (copy.deepcopy(model), bnext.convert(theirs, fuse=True)):
+        y = kind(x.chunk(ranks)[rank])
+        torch.testing.assert_close(y, expected.chunk(ranks)[rank], rtol=1e-4, atol=1e-5)
 
 
 FUNCTIONS = [
