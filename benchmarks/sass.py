@@ -108,9 +108,11 @@ def compile_kernels(wanted: list[tuple[str, str]]) -> Path:
 def _take_built(arch: str, name: str, folder: Path) -> bool:
     """Copies the machine code of an object of the extension, if that is up to date."""
     file, _ = objects()[name]
-    built = setup.build_folder() / "cuda" / f"{file.name}{name.removeprefix(file.stem)}.o"
-    sources = [*CUDA.iterdir(), *CUDA.parent.glob("*.h")]
-    if not built.exists() or built.stat().st_mtime < max(s.stat().st_mtime for s in sources):
+    build = setup.build_folder()
+    built = build / "cuda" / f"{file.name}{name.removeprefix(file.stem)}.o"
+    ask = [Path(ninja.BIN_DIR) / "ninja", "-C", build, "-n", built.relative_to(build)]
+    answer = subprocess.run(ask, capture_output=True, text=True, check=False)
+    if not built.exists() or "no work to do" not in answer.stdout:
         return False
     with tempfile.TemporaryDirectory() as there:
         command = [_tool("cuobjdump"), "-xelf", f".{arch}.cubin", str(built)]
