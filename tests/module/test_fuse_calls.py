@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bnext
 
+SET_ATTRIBUTE = nn.Module.__setattr__
 OP = ["bnext::batch_norm_inference"]
 
 
@@ -143,6 +144,21 @@ class Inherited(list):
     pass
 
 
+class AsksForAList(Sample):
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+        if isinstance(x, list):
+            x = x[-1] if isinstance(x, Inherited) else x[0]
+        return self.bn(x).relu()
+
+
+def test_a_forward_that_asks_for_a_kind_of_list() -> None:
+    model, original = pair(AsksForAList)
+    assert fused(model) == ["bn"]
+    for x in (X, [X, Z], Inherited([X, Z])):
+        same(model, original, x)
+    assert operations(model, [X, Z]) == OP
+
+
 @pytest.mark.parametrize("kind", [DenseLayer, AsksInAFunction])
 def test_a_forward_that_asks_whether_its_input_is_a_tensor(kind) -> None:
     model, original = pair(kind)
@@ -263,6 +279,7 @@ def test_what_may_not_be_traced_is_left_with_the_reason(kind) -> None:
     original = randomised(kind()).double()
     model = bnext.convert(copy.deepcopy(original), fuse=True)
     assert type(model) is kind and "last" not in vars(model)
+    assert nn.Module.__setattr__ is SET_ATTRIBUTE
     assert LEFT[kind] in bnext.conversion_report(model, fuse=True).unfused["bn"]
     for x in (X, nn.Parameter(X)):
         results = []
