@@ -180,6 +180,23 @@ def test_a_forward_that_asks_whether_its_input_is_a_tensor(kind) -> None:
     assert type(model) is kind
 
 
+class Special(Tensor):
+    pass
+
+
+class AsksForASubclass(Sample):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x * x if isinstance(x, Special) else x)
+
+
+def test_a_child_that_asks_is_called_by_its_caller() -> None:
+    original = nn.Sequential(randomised(AsksForASubclass()), nn.ReLU()).double()
+    model = bnext.convert(copy.deepcopy(original), fuse=True)
+    assert fused(model) == []
+    for x in (X, X.as_subclass(Special)):
+        same(model, original, x)
+
+
 class AsksForAParameter(Sample):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn(x)
