@@ -348,3 +348,20 @@ def test_what_is_added_in_place_to_a_childs_output(then, copies) -> None:
     x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
     with torch.no_grad():
         assert_close(model.double()(x), original.double()(x))
+
+
+class ChangesTheChildsResidual(ChangesInBetween):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        y = self.child(x)
+        z = self.act(x)
+        return torch.tanh(y) + z
+
+
+def test_a_childs_sum_still_reads_its_residual() -> None:
+    original = randomised(ChangesTheChildsResidual(Inverted())).double()
+    model = bnext.convert(copy.deepcopy(original), fuse=True)
+    assert type(model) is ChangesTheChildsResidual
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert_close(model(x), original(x))
