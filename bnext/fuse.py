@@ -227,7 +227,6 @@ class _Plans:
         self, graph: fx.Graph, asked: tuple[str, ...], module: nn.Module, plan: _Plan
     ) -> list[Chain]:
         chains: list[Chain] = []
-        inputs = [n for n in graph.nodes if n.op == "placeholder"]
         for node in graph.nodes:
             if node.op != "call_module":
                 continue
@@ -236,9 +235,8 @@ class _Plans:
                 continue
             chain = match(node, tail, module, self._effects, {n for c in chains for n in c.nodes})
             if isinstance(chain, Chain):
-                # Who asks for a head gives it one tensor.
-                may_return = chain.returned and len(inputs) == 1 and not asked
-                chain = replace(chain, returned=may_return)
+                if asked:  # whoever asks for the head would have to look at the type
+                    chain = replace(chain, returned=False)
                 if chain.gains:
                     plan.take(tail)
                 if chain.gains or chain.returned:

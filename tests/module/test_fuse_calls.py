@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import bnext
 
+SET_ATTRIBUTE = nn.Module.__setattr__
 OP = ["bnext::batch_norm_inference"]
 
 
@@ -143,6 +144,21 @@ class Inherited(list):
     pass
 
 
+class AsksForAList(Sample):
+    def forward(self, x: Tensor | list[Tensor]) -> Tensor:
+        if isinstance(x, list):
+            x = x[-1] if isinstance(x, Inherited) else x[0]
+        return self.bn(x).relu()
+
+
+def test_a_forward_that_asks_for_a_kind_of_list() -> None:
+    model, original = pair(AsksForAList)
+    assert fused(model) == ["bn"]
+    for x in (X, [X, Z], Inherited([X, Z])):
+        same(model, original, x)
+    assert operations(model, [X, Z]) == OP
+
+
 @pytest.mark.parametrize("kind", [DenseLayer, AsksInAFunction])
 def test_a_forward_that_asks_whether_its_input_is_a_tensor(kind) -> None:
     model, original = pair(kind)
@@ -162,6 +178,23 @@ def test_a_forward_that_asks_whether_its_input_is_a_tensor(kind) -> None:
         assert_close(compiled(x), original(x))
     bnext.revert(model)
     assert type(model) is kind
+
+
+class Special(Tensor):
+    pass
+
+
+class AsksForASubclass(Sample):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x * x if isinstance(x, Special) else x)
+
+
+def test_a_child_that_asks_is_called_by_its_caller() -> None:
+    original = nn.Sequential(randomised(AsksForASubclass()), nn.ReLU()).double()
+    model = bnext.convert(copy.deepcopy(original), fuse=True)
+    assert fused(model) == []
+    for x in (X, X.as_subclass(Special)):
+        same(model, original, x)
 
 
 class AsksForAParameter(Sample):
@@ -195,6 +228,24 @@ class AsksAndCatches(Sample):
             return y.relu() if torch.is_tensor(x) else y
         except Exception:
             return y.relu()
+
+
+class BranchesAndCatches(Sample):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(x)
+        try:
+            positive = bool(x.sum() > -1e9)
+        except Exception:
+            positive = False
+        return y.relu() if positive else y
+
+
+class IteratesAndCatches(Sample):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(x)
+        with contextlib.suppress(Exception):
+            return torch.stack([part.relu() for part in y])
+        return y.relu()
 
 
 class KeepsAndCatches(Sample):
@@ -234,6 +285,7 @@ LEFT = {
     AsksForAParameter: "more than the type", AsksForADtype: "more than the type",
     AsksForAnIntermediate: "type of a value that is no input", AsksTorch: "type of a value",
     AsksAndCatches: "type of a value", KeepsAndCatches: "the module's last",
+    BranchesAndCatches: "branches on", IteratesAndCatches: "iterates over",
     OwnGradient: "type of a value", Dropped: "training and eval",
     Checkpointed: "torch.utils.checkpoint",
 }  # fmt: skip
@@ -244,6 +296,7 @@ def test_what_may_not_be_traced_is_left_with_the_reason(kind) -> None:
     original = randomised(kind()).double()
     model = bnext.convert(copy.deepcopy(original), fuse=True)
     assert type(model) is kind and "last" not in vars(model)
+    assert nn.Module.__setattr__ is SET_ATTRIBUTE
     assert LEFT[kind] in bnext.conversion_report(model, fuse=True).unfused["bn"]
     for x in (X, nn.Parameter(X)):
         results = []

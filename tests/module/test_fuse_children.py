@@ -4,11 +4,13 @@ Whatever the child becomes later is called.
 """
 
 import copy
+import operator
 import pickle
 import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from test_fuse import assert_close, assert_same_model, fused, randomised, step
 from test_fuse_patterns import check
 from torch import Tensor, nn
@@ -238,3 +240,128 @@ def test_a_child_is_called_with_what_it_is_given(call, names) -> None:
     if not names:
         reason = bnext.conversion_report(model, fuse=True).unfused["child.norm"]
         assert "one positional argument" in reason
+
+
+class AddsAndThenChanges(ConvNorm):
+    """What it returns is a sum that cannot wait for the caller."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        other = x * 1
+        y = self.norm(self.conv(x)) + other
+        other.add_(1)
+        return y
+
+
+def test_a_child_whose_sum_cannot_wait_adds_itself() -> None:
+    original = randomised(nn.Sequential(AddsAndThenChanges(), nn.ReLU()))
+    model = bnext.convert(copy.deepcopy(original), fuse=True)
+    assert fused(model) == ["0.norm"] and type(model) is nn.Sequential
+    assert_same_model(model, original)
+
+
+class Branch(nn.Module):
+    def __init__(self, then) -> None:
+        super().__init__()
+        self.conv, self.then = nn.Conv2d(3, 3, 1), then
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.then(self.conv, x)
+
+
+class Branching(nn.Module):
+    """A batch norm waits while a branch takes its input."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.bn, self.branch = nn.BatchNorm2d(3), branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        return torch.relu(self.bn(x) + self.branch(x))
+
+
+BRANCHES = {  # and whether they leave their input as it is
+    "its own": (lambda: Branch(lambda conv, x: conv(x).relu_()), True),
+    "Sequential's own": (lambda: nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReLU(True)), True),
+    "nested": (lambda: nn.Sequential(Branch(lambda conv, x: conv(x)), nn.ReLU(True)), True),
+    "batch norm": (lambda: nn.Sequential(nn.BatchNorm2d(3), nn.ReLU(True)), True),
+    "input": (lambda: Branch(lambda conv, x: conv(x.relu_())), False),
+    "flag": (lambda: Branch(lambda conv, x: conv(F.relu(x, True))), False),
+    "keyword": (lambda: Branch(lambda conv, x: conv(F.relu(x, inplace=True))), False),
+    "operator": (lambda: Branch(lambda conv, x: conv(operator.iadd(x, 1))), False),
+    "out": (lambda: Branch(lambda conv, x: conv(torch.add(x, 1, out=x))), False),
+    "view": (lambda: Branch(lambda conv, x: conv(x[:1].relu_().expand(3, 3, 8, 8))), False),
+    "untraceable": (
+        lambda: Branch(lambda conv, x: conv(x.relu_()) if x.sum() < 9e9 else conv(x)), False
+    ),
+    "first of a Sequential": (lambda: nn.Sequential(nn.ReLU(True), nn.Conv2d(3, 3, 1)), False),
+    "alias": (
+        lambda: nn.Sequential(Branch(lambda conv, x: x.view_as(x)), nn.ReLU(True)), False
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_a_branch_that_may_change_what_a_batch_norm_reads(name) -> None:
+    build, harmless = BRANCHES[name]
+    original = randomised(Branching(build())).double()
+    model = bnext.convert(copy.deepcopy(original), fuse=True)
+    assert ("bn" in fused(model)) == harmless
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        for training in (True, False):
+            assert_close(model.train(training)(x), original.train(training)(x))
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_a_hook_on_a_branch_may_change_its_input(hooked) -> None:
+    original = randomised(Branching(nn.Conv2d(3, 3, 1))).double()
+    if hooked:
+        original.branch.register_forward_pre_hook(lambda m, x: x[0].relu_() and None)
+    model = bnext.convert(copy.deepcopy(original), fuse=True)
+    assert fused(model) == ([] if hooked else ["bn"])
+
+
+class Onto(nn.Module):
+    """Adds a batch norm's output in place to what a module returned."""
+
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.bn, self.branch = nn.BatchNorm2d(3), branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        y = self.branch(x)
+        y += self.bn(x)
+        return y + x
+
+
+@pytest.mark.parametrize(
+    ("then", "copies"),
+    [(lambda conv, x: conv(x)[:, :3], True), (lambda conv, x: x * conv(x), True),
+     (lambda conv, x: x[:, :3], False), (lambda conv, x: x.contiguous(), False)],
+)  # fmt: skip
+def test_what_is_added_in_place_to_a_childs_output(then, copies) -> None:
+    original = randomised(Onto(Branch(then)))
+    model = bnext.convert(copy.deepcopy(original), fuse=True)
+    assert fused(model) == (["bn"] if copies else [])
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert_close(model.double()(x), original.double()(x))
+
+
+class ChangesTheChildsResidual(ChangesInBetween):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        y = self.child(x)
+        z = self.act(x)
+        return torch.tanh(y) + z
+
+
+def test_a_childs_sum_still_reads_its_residual() -> None:
+    original = randomised(ChangesTheChildsResidual(Inverted())).double()
+    model = bnext.convert(copy.deepcopy(original), fuse=True)
+    assert type(model) is ChangesTheChildsResidual
+    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        assert_close(model(x), original(x))

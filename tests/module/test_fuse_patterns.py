@@ -110,7 +110,8 @@ def test_activation_functions_and_methods(function) -> None:
 @pytest.mark.parametrize(
     "function",
     [
-        lambda n, y, x: F.hardtanh(y), lambda n, y, x: F.hardtanh(y, 1.0, -1.0 + 3),
+        lambda n, y, x: F.hardtanh(y), lambda n, y, x: F.hardtanh(y, 1.0, 2.0),
+        lambda n, y, x: F.hardtanh(y, 6, 0), lambda n, y, x: F.silu(x, y),
         lambda n, y, x: F.leaky_relu(y, -0.5, True), lambda n, y, x: F.gelu(input=y),
         lambda n, y, x: torch.tanh(y, out=torch.empty(0)),
     ],
