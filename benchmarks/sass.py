@@ -197,7 +197,13 @@ def _count(code: list[str], operations: set[str]) -> int:
 
 
 def _hot_loops(
-    code: list[str], loops: list[_Loop], bits: int, operands: int, loads_of_item: int, vector: int
+    code: list[str],
+    loops: list[_Loop],
+    bits: int,
+    operands: int,
+    loads_of_item: int,
+    vector: int,
+    letter: str,  # of the operations that compute: D for double
 ) -> dict[str, tuple[float, float, float, list[str]]]:
     """Copy, reduce, apply -> instructions, fp64 and conversions an element, and the loop's code.
 
@@ -212,8 +218,8 @@ def _hot_loops(
         copies = _count(body, {"LDGSTS"})
         shared, loaded = _accesses(body, "LDS", bits), _accesses(body, "LDG", bits)
         items = loaded / loads_of_item if loaded >= loads_of_item else shared / operands
-        floats = _count(body, {"FADD", "FFMA", "FADD2", "FFMA2", "DADD", "DFMA"})
-        computes = floats + _count(body, {"FMUL", "FMUL2", "DMUL"})
+        floats = _count(body, {letter + name for name in ("ADD", "FMA", "ADD2", "FMA2")})
+        computes = floats + _count(body, {f"{letter}MUL", f"{letter}MUL2"})
         if copies:
             kind, items = "copy", copies / operands
         elif _accesses(body, "STG", bits) and computes >= vector * items > 0:
@@ -260,7 +266,8 @@ def measure(folder: Path, arch: str, name: str) -> list[Kernel]:
             loads += 1  # the residual
         if "apply_backward" in short and re.search(r", [02], true>$", short):
             loads -= 1  # frozen statistics, and no activation or a mask: x is not read
-        hot = _hot_loops(code, loops, bits, operands, loads, vector)
+        letter = "D" if shape[1] == "double" else "F"
+        hot = _hot_loops(code, loops, bits, operands, loads, vector, letter)
         numbers = [hot[k][0] if k in hot else 0.0 for k in ("copy", "reduce", "apply")]
         widths: Counter[int] = Counter()
         for *_, body in hot.values():
