@@ -1,7 +1,7 @@
 """What the calls of a traced forward do to memory: which may write it, and which share it."""
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.nn.modules import conv
 
 from bnext._trace import IN_PLACE_OPERATORS, Traced, trace
-from bnext._waiting import OURS, is_sequential
+from bnext._waiting import OURS, is_sequential, is_watched
 
 __all__ = ["ADDS", "FUSIBLE", "IN_PLACE_ADDS", "Effects", "called", "calls", "own_class"]
 
@@ -39,6 +39,8 @@ class Effects:
     def copies(self, module: nn.Module) -> bool:
         """Whether what a module returns shares no memory with its input."""
         kind = own_class(module)
+        if is_watched(module):
+            return False
         if is_sequential(kind):
             return any(map(self.copies, module.children()))
         if kind in FUSIBLE or kind is nn.Linear:
@@ -53,6 +55,8 @@ class Effects:
     def writes(self, module: nn.Module) -> bool:
         """Whether a module may change its input."""
         kind = own_class(module)
+        if is_watched(module):
+            return True
         if is_sequential(kind):
             for child in module.children():
                 if self.writes(child):
@@ -60,8 +64,8 @@ class Effects:
                 if self.copies(child):
                     break
             return False
-        if kind in FUSIBLE:
-            return False
+        if kind in FUSIBLE:  # does not; what it holds may be hooked
+            return any(map(self.writes, module.children()))
         if kind.forward.__module__.startswith("torch.nn.modules."):
             return any(getattr(m, "inplace", False) for m in module.modules())
         traced = self.traced(module)
@@ -133,6 +137,6 @@ def called(node: fx.Node, module: nn.Module) -> nn.Module:
     return module.get_submodule(str(node.target))
 
 
-def calls(node: fx.Node, targets: set[Any]) -> bool:
+def calls(node: fx.Node, targets: Container[Any]) -> bool:
     """Whether a node calls one of these functions, or methods by name."""
     return node.op in ("call_function", "call_method") and node.target in targets

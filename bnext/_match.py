@@ -74,7 +74,7 @@ def match(
 ) -> Chain | str:
     """What is fused with a call, or why nothing is; other calls have :attr:`taken` some nodes."""
     if len(call.args) != 1 or call.kwargs or not isinstance(call.args[0], fx.Node):
-        return "it is called with more than an input"
+        return "it is not called with one positional argument"
     nodes, added, activated, reason = [call], tail.added, False, ""
     while not (activated or reason):
         last = nodes[-1]
@@ -151,7 +151,7 @@ def _other(add: fx.Node, value: fx.Node) -> fx.Node:
 def _activation(node: fx.Node, module: nn.Module) -> tuple[str | None, float | None] | None:
     if node.op == "call_module":
         return of_module(called(node, module)) if len(node.args) == 1 else None
-    if not calls(node, _ACTIVATIONS.keys()):  # type: ignore[arg-type]
+    if not calls(node, _ACTIVATIONS):
         return None
     try:
         return of_module(_ACTIVATIONS[node.target](*node.args[1:], **node.kwargs))

@@ -47,16 +47,16 @@ def trace(module: nn.Module, kind: type[nn.Module], input_type: type = Tensor) -
     parameters = [*inspect.signature(kind.forward).parameters.values()][1:]
     required = [p for p in parameters if p.default is p.empty]
     kinds = {p.kind for p in required}
-    if p_kinds := kinds - {*_OPTIONAL, inspect.Parameter.POSITIONAL_OR_KEYWORD}:
-        return f"has arguments that are {min(p_kinds).description}"
+    if others := kinds - {*_OPTIONAL, inspect.Parameter.POSITIONAL_OR_KEYWORD}:
+        return f"has arguments that are {min(others).description}"
     inputs = [p.name for p in required if p.kind not in _OPTIONAL]
     if kinds and not inputs:
         return "takes any arguments"
     found = _attempt(module, kind, inputs, input_type, inline=True)
     if isinstance(found, str) and found.startswith(_UNTRACEABLE):
         # Perhaps for what a function of the user does, which a call in the graph can do.
-        other = _attempt(module, kind, inputs, input_type, inline=False)
-        return found if isinstance(other, str) else other
+        around = _attempt(module, kind, inputs, input_type, inline=False)
+        return found if isinstance(around, str) else around
     return found
 
 
@@ -167,6 +167,12 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        raise self.refuse("branches on a value, and a graph has no branches")
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        raise self.refuse("iterates over a value, whose length a graph does not know")
 
     def create_proxy(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Proxy:
         if target in _CHECKPOINTS:

@@ -128,7 +128,8 @@ def _sequence(
     plan = _Plan(lambda: fused_sequential(own_class(module)))  # type: ignore[arg-type]
     tail, copied = None, False
     for name, child in module._modules.items():
-        assert child is not None
+        if child is None:
+            continue
         if tail is not None and can_pass(child):
             continue
         if tail is not None and of_module(child) is not None:

@@ -197,6 +197,24 @@ class AsksAndCatches(Sample):
             return y.relu()
 
 
+class BranchesAndCatches(Sample):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(x)
+        try:
+            positive = bool(x.sum() > -1e9)
+        except Exception:
+            positive = False
+        return y.relu() if positive else y
+
+
+class IteratesAndCatches(Sample):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(x)
+        with contextlib.suppress(Exception):
+            return torch.stack([part.relu() for part in y])
+        return y.relu()
+
+
 class KeepsAndCatches(Sample):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn(x)
@@ -234,6 +252,7 @@ LEFT = {
     AsksForAParameter: "more than the type", AsksForADtype: "more than the type",
     AsksForAnIntermediate: "type of a value that is no input", AsksTorch: "type of a value",
     AsksAndCatches: "type of a value", KeepsAndCatches: "the module's last",
+    BranchesAndCatches: "branches on", IteratesAndCatches: "iterates over",
     OwnGradient: "type of a value", Dropped: "training and eval",
     Checkpointed: "torch.utils.checkpoint",
 }  # fmt: skip

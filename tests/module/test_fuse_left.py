@@ -121,6 +121,26 @@ class TakesTheStatistics(Sample):
         return (y + self.bn.running_mean.reshape(3, 1, 1).expand_as(x)).relu()
 
 
+class ChangesTheResidual(Sample):
+    def forward(self, x: Tensor) -> Tensor:
+        other = x * 1
+        y = self.bn(x) + other
+        other.add_(1)
+        return y.relu()
+
+
+class ChangesTheResidualThroughABuffer(Sample):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(3, 1, 1))
+        self.register_buffer("view", self.shift[:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(x) + self.shift
+        self.view.add_(1)
+        return y.relu()
+
+
 class CalledInBetween(Sample):
     """The order of two calls shows in the running statistics."""
 
@@ -149,7 +169,8 @@ REASONS = {
     Scaled: "scaled", PlusNumber: "no other tensor", Itself: "no other tensor",
     OtherActivation: "function softplus takes", OtherActivationModule: "PReLU prelu takes",
     Clamped: "method clamp takes", ReturnedWithOthers: "forward returns it",
-    Unused: "nothing uses",
+    Unused: "nothing uses", ChangesTheResidual: "add_ may change what it reads",
+    ChangesTheResidualThroughABuffer: "add_ may change what it reads",
     TakesTheStatistics: "reshape takes what it holds", CalledInBetween: "method neg takes",
     ChildChangesItsInput: "Sequential branch may change",
 }  # fmt: skip

@@ -272,6 +272,12 @@ def test_what_has_no_activation_is_fused_with_what_follows(library, kind, way) -
     torch.testing.assert_close(model(x), original(x))
 
 
+def test_an_activation_without_a_kernel_keeps_what_follows_out(library) -> None:
+    bn = library.BatchNormAct2d(4, act_layer=nn.PReLU)
+    model = bnext.convert(nn.Sequential(nn.Conv2d(4, 4, 1), bn, nn.ReLU()), fuse=True)
+    assert bnext.conversion_report(model).fused == ()
+
+
 @pytest.mark.parametrize("kind", ["BatchNormAct2d", "FrozenBatchNormAct2d"])
 def test_its_own_activation_comes_before_what_follows(library, kind) -> None:
     original = Residual(randomised(getattr(library, kind)(4))).double()
