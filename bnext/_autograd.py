@@ -137,9 +137,10 @@ class BatchNormFunction(torch.autograd.Function):
             output, mask = EAGER.inference(
                 input, weight, bias, running_mean, running_var, eps, *added
             )
-            # Only the weight's gradient and an activation's read the input.
+            # Only the weight's gradient and an activation's read the input. One made in inference
+            # mode is refused where it is saved, as by torch.
             ctx.save_for_backward(
-                input if kind or ctx.needs_input_grad[1] else None,
+                input if kind or ctx.needs_input_grad[1] or is_inference(input) else None,
                 weight, None, running_mean, running_var, read_bias, saved_residual, mask,
             )  # fmt: skip
         ctx.set_materialize_grads(False)

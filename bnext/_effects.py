@@ -64,8 +64,8 @@ class Effects:
                 if self.copies(child):
                     break
             return False
-        if kind in FUSIBLE:
-            return False
+        if kind in FUSIBLE:  # does not; what it holds may be hooked
+            return any(map(self.writes, module.children()))
         if kind.forward.__module__.startswith("torch.nn.modules."):
             return any(getattr(m, "inplace", False) for m in module.modules())
         traced = self.traced(module)

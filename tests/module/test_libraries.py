@@ -220,18 +220,22 @@ def test_the_report_says_what_is_fused_and_why_not(library) -> None:
 
 
 class Residual(nn.Module):
-    """A block that normalises, adds its input, perhaps in place, and activates."""
+    """A block that normalises, adds, perhaps in place, and activates."""
 
-    def __init__(self, bn: nn.Module, in_place: bool) -> None:
+    def __init__(self, bn: nn.Module, way: str = "") -> None:
         super().__init__()
-        self.conv, self.bn, self.act, self.in_place = nn.Conv2d(4, 4, 1), bn, nn.SiLU(), in_place
+        self.conv, self.bn, self.act, self.way = nn.Conv2d(4, 4, 1), bn, nn.SiLU(), way
+        self.shortcut = nn.Conv2d(4, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.bn(self.conv(x))
-        if self.in_place:
-            y += x
+        y, shortcut = self.bn(self.conv(x)), self.shortcut(x)
+        if self.way == "into":
+            y += shortcut
+        elif self.way == "onto":
+            shortcut += y
+            y = shortcut
         else:
-            y = y + x
+            y = y + shortcut
         return self.act(y)
 
 
@@ -241,11 +245,11 @@ WITHOUT_ACT = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("in_place", [False, True], ids=["", "in place"])
+@pytest.mark.parametrize("way", ["", "into", "onto"])
 @pytest.mark.parametrize("kind", WITHOUT_ACT)
-def test_what_has_no_activation_is_fused_with_what_follows(library, kind, in_place) -> None:
+def test_what_has_no_activation_is_fused_with_what_follows(library, kind, way) -> None:
     bn = randomised(getattr(library, kind)(4, **WITHOUT_ACT[kind]))
-    original = Residual(bn, in_place).double()
+    original = Residual(bn, way).double()
     model = copy.deepcopy(original)
     assert bnext.conversion_report(model, fuse=True).fusible == ("bn",)
     bnext.convert(model, fuse=True)
@@ -256,21 +260,29 @@ def test_what_has_no_activation_is_fused_with_what_follows(library, kind, in_pla
         model.train(training), original.train(training)
         torch.testing.assert_close(found(model, x, grad_out), found(original, x, grad_out))
     if not [*bn.parameters()]:  # it promotes
-        model.conv.float(), original.conv.float()
+        for m in (model, original):
+            m.conv.float(), m.shortcut.float()
         outputs = [m(x.float()) for m in (model, original)]
-        assert outputs[0].dtype == outputs[1].dtype == torch.float64
+        assert outputs[0].dtype == (torch.float32 if way == "onto" else torch.float64)
         torch.testing.assert_close(*outputs)
-        model.conv.double(), original.conv.double()
+        model.double(), original.double()
     model.bn.act = nn.Tanh()
     if "Act" in kind:
         original.bn.act = nn.Tanh()
     torch.testing.assert_close(model(x), original(x))
 
 
+def test_an_activation_without_a_kernel_keeps_what_follows_out(library) -> None:
+    bn = library.BatchNormAct2d(4, act_layer=nn.PReLU)
+    model = bnext.convert(nn.Sequential(nn.Conv2d(4, 4, 1), bn, nn.ReLU()), fuse=True)
+    assert bnext.conversion_report(model).fused == ()
+
+
 @pytest.mark.parametrize("kind", ["BatchNormAct2d", "FrozenBatchNormAct2d"])
 def test_its_own_activation_comes_before_what_follows(library, kind) -> None:
-    original = Residual(randomised(getattr(library, kind)(4)), False).double()
+    original = Residual(randomised(getattr(library, kind)(4))).double()
     model = bnext.convert(copy.deepcopy(original), fuse=True)
+    assert type(model) is Residual
     report = bnext.conversion_report(model, fuse=True)
     assert report.fused == ("bn",) and not report.unfused
     x, grad_out = torch.randn(2, *SHAPE, dtype=torch.float64)

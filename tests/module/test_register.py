@@ -51,6 +51,9 @@ def test_registered_modules_are_converted_reported_and_reverted() -> None:
     assert [type(m) for m in model] == [Ours, nn.ReLU, Derived, bnext.BatchNorm2d]
     assert model[0].scale is scale
     assert bnext.conversion_report(model).bnext == ("0", "3")
+    assert (
+        bnext.conversion_report(model, fuse=True).unfused["0"] == "fusing does not know its class"
+    )
     twin = copy.deepcopy(bnext.convert(model))
     assert [type(m) for m in twin] == [type(m) for m in model]
     assert [type(m) for m in bnext.revert(model)] == [Theirs, nn.ReLU, Derived, nn.BatchNorm2d]

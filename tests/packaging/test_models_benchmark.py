@@ -107,6 +107,14 @@ def test_nan_is_wrong() -> None:
     assert models.Row("", "", train_error=0.1, eager_train_error=0.1).is_wrong
 
 
+def test_what_cancels_is_no_difference_and_eager_s_own_is_measured(monkeypatch) -> None:
+    noise = torch.tensor([1e-18])
+    assert models._difference([noise], [2 * noise]) < 1e-11
+    assert models.measure("torch", "plain", 0.0).eager_train_error == 0
+    monkeypatch.setattr(models, "TRAIN_TOLERANCE", -1.0)
+    assert 0 < models.measure("torch", "plain", 0.0).eager_train_error < 1e-12
+
+
 def test_quick_takes_one_of_each_installed_library(monkeypatch) -> None:
     libraries = {"torch": (made, "a b"), "pytest": (made, "c d"), "not-there": (made, "e")}
     monkeypatch.setattr(models, "LIBRARIES", libraries)
