@@ -239,7 +239,8 @@ def _step(model: nn.Module, x: Tensor) -> Callable[[], None]:
 def _reasons(found: bnext.ConversionReport, norms: dict[str, int]) -> tuple[tuple[str, int], ...]:
     why = {**found.unfused, **found.left_alone}
     # Without the names of modules, so that they can be counted.
-    plain = (re.sub(r"forward of (the model|\S+)", "forward", why[n]) for n in norms if n in why)
+    names = r"(?<=forward) of (the model|\S+)|(?<=\w) \S+(?= takes its output)"
+    plain = (re.sub(names, "", why[n]) for n in norms if n in why)
     return tuple(Counter(plain).most_common())
 
 

@@ -274,6 +274,8 @@ def _why_left_alone(module: nn.Module) -> str:
         return f"{kind}: a subclass of bnext's"
     if parametrize.is_parametrized(module):
         return f"{kind}: parametrised, which made a class of its own; convert before parametrising"
+    if isinstance(module, batchnorm.SyncBatchNorm):
+        return f"{kind}: normalises over processes in a way of its own"
     if isinstance(module, batchnorm._BatchNorm):
         return f"{kind}: a subclass, which may compute something else (see bnext.register)"
     return f"{kind}: no batch norm that bnext knows (see bnext.register)"

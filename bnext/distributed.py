@@ -128,7 +128,8 @@ class SyncBatchNorm(_BatchNorm):
         """Turn every batch norm in :attr:`module` into a :class:`bnext.SyncBatchNorm`.
 
         torch.nn's method always makes a :class:`torch.nn.SyncBatchNorm`. This one also keeps the
-        activation of a :class:`bnext.BatchNormAct2d`. Parameters and buffers stay the same objects.
+        activation of a :class:`bnext.BatchNormAct2d` or of timm's class of that name. Parameters
+        and buffers stay the same objects.
 
         Args:
             module: any module, possibly a batch norm itself.
@@ -136,14 +137,27 @@ class SyncBatchNorm(_BatchNorm):
 
         Returns:
             :attr:`module`, or what a batch norm became.
+
+        Raises:
+            ValueError: a batch norm has an activation that the kernels do not have.
         """
+        from bnext._libraries import adapt, own_activation  # which knows this class
+
         if isinstance(module, _BatchNorm):
+            adapt(type(module))
+            own = own_activation(module)
+            if isinstance(own, str):
+                raise ValueError(
+                    f"module: {type(module).__name__} would lose its activation: {own}. Its "
+                    "library may have a conversion of its own"
+                )
             # torch's method makes a new module with the parameters and buffers of the old.
             converted = nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
             converted.__class__ = cls
-            activated = isinstance(module, _BatchNormAct | SyncBatchNorm)
-            for name in ("act", "act_param"):
-                vars(converted)[name] = getattr(module, name) if activated else None
+            converted._modules.clear()  # timm's act is a module
+            if isinstance(module, _BatchNormAct):
+                own = module.act, module.act_param
+            vars(converted).update(zip(("act", "act_param"), own or (None, None), strict=True))
             module = converted
         for name, child in module.named_children():
             setattr(module, name, cls.convert_sync_batchnorm(child, process_group))

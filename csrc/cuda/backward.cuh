@@ -95,10 +95,11 @@ __device__ inline Quad<C> finish_backward(const BackwardCall& call, const Shared
                                           int channel, const Pair& sums) {
   auto& record = reinterpret_cast<ChannelStatistics*>(shared.records)[channel];
   const ChannelStatistics s = record;
-  const double sum_dy_h = (sums.b - s.rounding<C>() * sums.a) * s.invstd;
   const double count = static_cast<double>(call.problem.count());
-  record = {sums.a, sum_dy_h, 0, 0};
-  return input_grad<C>(s, sums.a / count, sum_dy_h / count);
+  const double sum_dy_h = (sums.b - s.rounding<C>() * sums.a) * s.invstd;
+  const Quad<C> grad = input_grad<C>(s, sums.a / count, sum_dy_h / count);
+  record = {sums.a, sum_dy_h, 0, 0};  // last: ragged rows spill a register otherwise
+  return grad;
 }
 
 __device__ inline void write_param_grads(const BackwardCall& call, const SharedLayout& shared,

@@ -80,9 +80,12 @@ class GateOf {
         residual_(call.args.residual ? items_in<T, V>(call.args.residual, items) : nullptr) {
 #pragma unroll
     for (int v = 0; v < kBins; ++v) {
-      channel_[v] = static_cast<unsigned>(items.channel(v));
-      const Prepared<C>& p = prepared[channel_[v]];
-      if constexpr (!kReadsAffine) affine_[v] = {p.mean, p.scale, p.shift};
+      if constexpr (kReadsAffine) {
+        channel_[v] = static_cast<unsigned>(items.channel(v));
+      } else {
+        const Prepared<C>& p = prepared[items.channel(v)];
+        affine_[v] = {p.mean, p.scale, p.shift};
+      }
     }
     if constexpr (kByThreshold) {
 #pragma unroll

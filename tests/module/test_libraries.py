@@ -381,3 +381,12 @@ def test_every_frozen_batch_norm_of_transformers_is_detr_s() -> None:
                 torch.testing.assert_close(
                     found(module, x, grad_out), expected(module, x, grad_out, None), msg=name
                 )
+
+
+def test_synchronising_keeps_the_activation_or_refuses(library) -> None:
+    kept = bnext.SyncBatchNorm.convert_sync_batchnorm(library.BatchNormAct2d(4, act_layer=nn.SiLU))
+    assert type(kept) is bnext.SyncBatchNorm and (kept.act, kept.act_param) == ("silu", None)
+    x = torch.randn(SHAPE)
+    torch.testing.assert_close(kept(x), nn.functional.silu(nn.BatchNorm2d(4)(x)))
+    with pytest.raises(ValueError, match="would lose its activation"):
+        bnext.SyncBatchNorm.convert_sync_batchnorm(library.BatchNormAct2d(4, act_layer=nn.Softplus))
