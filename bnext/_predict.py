@@ -39,7 +39,7 @@ _INSTRUCTIONS = {
     "train_forward": 11.0, "train_backward": 14.5, "eval_forward": 5.0, "eval_backward": 8.5,
 }  # fmt: skip
 # More of them: of the activation's kind, forward and backward, and outside of the hot loops.
-_ACTIVATION = {"nothing": (0.0, 0.0), "sign": (0.0, 2.0), "sum": (8.0, 16.0)}
+_ACTIVATION = {"nothing": (0.0, 0.0), "sign": (0.0, 2.0), "sum": (5.0, 16.0)}
 OUTSIDE = 3.0
 # Of a launch, a cluster's exchange, a grid's and a block's: seconds a turn (estimates).
 _LAUNCH, _EXCHANGE = 2.5e-6, {"block": 1e-6, "cluster": 2e-6, "grid": 5e-6, "stream": 1e-6}

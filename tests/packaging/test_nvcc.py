@@ -40,6 +40,9 @@ LIMITS = {
     r"resident_backward_kernel<\w+, 8, \d, 0, 2>": 18,
     r"apply_forward_kernel<\w+, 8, \d, 0, [01], false>": 6,
     r"reduce_backward_kernel<\w+, 8, \d, 0, 0, true>": 12,
+    # One activation, compiled alone: f' is computed twice, in accesses of 8 bytes.
+    r"resident_forward_kernel<\w+, 8, [01], 0, 2, false> silu": 16,
+    r"resident_backward_kernel<\w+, 4, [01], 0, 3> silu": 52,
     # Rows of odd length.
     r"resident_forward_kernel<\w+, 8, 0, 2, [01], false>": 23,
     r"resident_backward_kernel<\w+, 8, 0, 2, [01]>": 29,
