@@ -193,17 +193,17 @@ def _norm_bytes(model: nn.Module, x: Tensor) -> dict[str, int]:
 
 def _saved_bytes(model: nn.Module, x: Tensor) -> int:
     """What forward keeps for backward besides the parameters, every storage once."""
-    kept: dict[int, Tensor] = {}  # alive, or its address would be given to another
+    kept: dict[int, torch.UntypedStorage] = {}  # alive, or an address would be given to another
 
     def pack(t: Tensor) -> Tensor:
-        kept[t.untyped_storage().data_ptr()] = t
-        return t
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t.detach()  # an output itself would hold the graph that holds it
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         loss = _loss(model, x)
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     del loss
-    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
 
 
 def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
