@@ -119,8 +119,8 @@ int bnext_join(const JoinArgs* host) {
   JoinArgs a = *host;
   constexpr int64_t kBytes = sizeof(double);
   const auto vector = [&](ParamOut v, const char* name) {
-    v.data = memory.add(v.data, ((a.c - 1) * v.stride + 1) * element_size(v.dtype), Kind::kState,
-                        name);
+    v.data =
+        memory.add(v.data, ((a.c - 1) * v.stride + 1) * element_size(v.dtype), Kind::kState, name);
     return v;
   };
   a.moments = memory.add(a.moments, a.ranks * a.rank_stride * kBytes, Kind::kConstant, "moments");
