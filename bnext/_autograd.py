@@ -31,7 +31,11 @@ def _backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
         return None, None, None, None, None
     need_input, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
     input, weight, save_stats, *operands = ctx.saved_tensors
-    if input is None:  # not needed, but the op takes one
+    strides = None
+    if input is None:  # not needed, but the op takes one, whose format the gradient has
+        strides = ctx.strides
+        if grad_out.stride() != strides:
+            grad_out = grad_out.new_empty_strided(grad_out.shape, strides).copy_(grad_out)
         input = grad_out
     eps, act, act_param = ctx.eps_and_act
     grads: _Grads = (None, None, None, None)
@@ -49,6 +53,9 @@ def _backward(ctx: Any, grad_out: Tensor | None) -> _Grads:
             grad_out, input, weight, save_stats, eps, *(operands or _NO_OPERANDS), act, act_param,
             need_input, need_weight, need_bias, need_residual and act != 0,
         )  # fmt: skip
+    if strides is not None and grads[0] is not None and grads[0].stride() != strides:
+        # The same memory: they differ where the size is 1.
+        grads = (grads[0].as_strided(grads[0].shape, strides), *grads[1:])
     if need_residual and not act:
         return *grads[:3], grad_out, None
     return *grads, None
@@ -143,6 +150,7 @@ class BatchNormFunction(torch.autograd.Function):
                 input if kind or ctx.needs_input_grad[1] or is_inference(input) else None,
                 weight, None, running_mean, running_var, read_bias, saved_residual, mask,
             )  # fmt: skip
+            ctx.strides = output.stride()
         ctx.set_materialize_grads(False)
         ctx.eps_and_act = eps, kind, param
         return output

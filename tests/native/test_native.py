@@ -202,6 +202,8 @@ def test_every_kernel_is_launched_by_some_plan() -> None:
     calls.forward(
         e, calls.plan(e, p), p, case.x, num_batches_tracked=torch.tensor(0), momentum=None
     )
+    joined = torch.ones(2, 3, 4, dtype=torch.float64)
+    calls.join(e, joined, joined[:, 0, 0], (torch.zeros(4), torch.ones(4)), torch.tensor(0), 0.1)
     launched = e.kernels()
     assert len(launched) > 100
     assert not [name for name, was in launched.items() if not was]

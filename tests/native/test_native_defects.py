@@ -82,6 +82,10 @@ def outcomes(e: emulated.Emulator) -> Iterator[str | int]:
             stage = "eval" if frozen else "train"
             stats = calls.save_stats(case.running_mean, case.running_var)
             mask = packed(case.grad_out > 0, case.x)
+            if setting.family == STREAMING:
+                p = calls.problem(case.x, "train_forward", need_input=False)
+                yield attempt(calls.forward, e, setting.plan(e, p), p, case.x,
+                              moments=torch.empty_like(stats))  # fmt: skip
             for masked in (True, False):
                 fields = {"act": "relu", "residual": masked}
                 p = calls.problem(case.x, f"{stage}_forward", **fields)

@@ -54,8 +54,11 @@ def test_strides_of_the_output_are_torchs(seed) -> None:
             assert y.stride() == F.batch_norm(x, *stats, training=training).stride(), where
             leaf = x.detach().requires_grad_()
             y = batch_norm(leaf, *stats, training=training)
-            (grad,) = torch.autograd.grad(y, leaf, torch.randn_like(y))
-            assert grad.stride() == y.stride(), where
+            for grad_out in (torch.randn_like(y), torch.randn(y.shape)):
+                (grad,) = torch.autograd.grad(y, leaf, grad_out, retain_graph=True)
+                assert grad.stride() == y.stride(), where
+                if not training:
+                    torch.testing.assert_close(grad, grad_out / (1 + 1e-5) ** 0.5)
 
 
 @pytest.mark.parametrize("device", ["fake", "meta"])
