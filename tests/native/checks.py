@@ -123,10 +123,10 @@ def check_training(case: Case, setting: Setting, **fields) -> calls.CudaPlan:
         case.grad_out if act in (None, "relu") else slopes(expected.pre, act, param) * case.grad_out
     )
     if ours.mask is not None:
-        passed = ours.output > 0
-        if act == "relu6":
-            passed = passed & (ours.output < 6)
-        assert bool((bits_of(ours.mask, x) == passed).all())
+        passed, known = ours.output > 0, True
+        if act == "relu6":  # what is rounded to 6 may have passed
+            passed, known = passed & (ours.output < 6), ours.output != 6
+        assert bool(((bits_of(ours.mask, x) == passed) | ~torch.as_tensor(known)).all())
 
     p = problem(case, setting, "train_backward", **fields)
     grads = both().run(lambda e: calls.backward(
