@@ -84,8 +84,8 @@ def outcomes(e: emulated.Emulator) -> Iterator[str | int]:
             mask = packed(case.grad_out > 0, case.x)
             if setting.family == STREAMING:
                 p = calls.problem(case.x, "train_forward", need_input=False)
-                yield attempt(calls.forward, e, setting.plan(e, p), p, case.x,
-                              moments=torch.empty_like(stats))  # fmt: skip
+                plan = calls.with_team(setting.plan(e, p), p, 3)
+                yield attempt(calls.forward, e, plan, p, case.x, moments=torch.empty_like(stats))
             for masked in (True, False):
                 fields = {"act": "relu", "residual": masked}
                 p = calls.problem(case.x, f"{stage}_forward", **fields)
