@@ -6,7 +6,7 @@ compared, and room for a fixed number of channels; only layers of more send the 
 """
 
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,13 +35,12 @@ def all_gather_single(received: Tensor, sent: Tensor, group: Group = None) -> No
     gather(received, sent, group=group)
 
 
-class Joined:
+class Joined(NamedTuple):
     """The statistics of a batch that several processes share."""
 
-    def __init__(self, save_stats: Tensor, count: Tensor, group: Group) -> None:
-        self.save_stats = save_stats  # [3, C]
-        self.count = count  # []: values per channel of all processes
-        self.group = group
+    save_stats: Tensor  # [3, C]
+    count: Tensor  # []: values per channel of all processes
+    group: Group
 
 
 def room(ranks: int) -> int:

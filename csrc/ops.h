@@ -65,19 +65,8 @@ struct Ops {
     args.frozen_var = check_eval_statistic("running_var", running_var, x);
     args.weight = check_param("weight", weight, x);
     args.bias = check_param("bias", bias, x);
-    const OptionalTensor z = check_like_input("residual", residual, x);
-    set_activation(x.problem, z.has_value(), save_mask);
-
-    Tensor output = Backend::allocate_output(x);
-    Tensor mask = save_mask ? allocate_mask(x) : undefined();
-    args.input = x.tensor.const_data_ptr();
-    args.residual = data(z);
-    args.output = output.mutable_data_ptr();
-    args.mask = x.problem.has_mask ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
     args.eps = eps;
-    args.act_param = act_param;
-    if (!x.empty()) Backend::run(args, x);
-    return {output, mask};
+    return apply(args, x, residual, act_param, save_mask);
   }
 
   static std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_backward(
@@ -239,18 +228,7 @@ struct Ops {
     args.bias = check_param("bias", bias, x);
     // Read, and never written: see ForwardArgs.
     args.save_stats = const_cast<double*>(check_matrix("save_stats", save_stats, 3, x));
-    const OptionalTensor z = check_like_input("residual", residual, x);
-    set_activation(x.problem, z.has_value(), save_mask);
-
-    Tensor output = Backend::allocate_output(x);
-    Tensor mask = save_mask ? allocate_mask(x) : undefined();
-    args.input = x.tensor.const_data_ptr();
-    args.residual = data(z);
-    args.output = output.mutable_data_ptr();
-    args.mask = x.problem.has_mask ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
-    args.act_param = act_param;
-    if (!x.empty()) Backend::run(args, x);
-    return {output, mask};
+    return apply(args, x, residual, act_param, save_mask);
   }
 
   // [2, C]: of dy and dy (x - mean) / std, where dy has come through the activation.
@@ -297,6 +275,23 @@ struct Ops {
   }
 
  private:
+  // The output and the mask of a forward whose statistics are given.
+  static std::tuple<Tensor, Tensor> apply(ForwardArgs& args, Input& x,
+                                          const OptionalTensor& residual, double act_param,
+                                          bool save_mask) {
+    const OptionalTensor z = check_like_input("residual", residual, x);
+    set_activation(x.problem, z.has_value(), save_mask);
+    Tensor output = Backend::allocate_output(x);
+    Tensor mask = save_mask ? allocate_mask(x) : undefined();
+    args.input = x.tensor.const_data_ptr();
+    args.residual = data(z);
+    args.output = output.mutable_data_ptr();
+    args.mask = x.problem.has_mask ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
+    args.act_param = act_param;
+    if (!x.empty()) Backend::run(args, x);
+    return {output, mask};
+  }
+
   // What a backward with given statistics reads, checked; holds copies that had to be made.
   struct Given {
     Tensor dy;

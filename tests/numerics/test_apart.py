@@ -139,6 +139,19 @@ def test_a_mean_far_from_zero_costs_no_digits(device) -> None:
     torch.testing.assert_close(m2.cpu(), expected_m2, rtol=1e-13, atol=0)
 
 
+def test_joining_keeps_what_a_double_cannot_hold_of_the_mean(device) -> None:
+    x = torch.randn(8, 3, 64, dtype=torch.float64, device=device) + 2.0**30
+    each = torch.stack([moments(part, EPS) for part in x.split([3, 5])])
+    counts = torch.tensor([3.0 * 64, 5 * 64], dtype=torch.float64, device=device)
+    mean, invstd, low = join(x, each, counts, None, None, None, None, EPS).cpu()
+    wide = x.cpu().transpose(0, 1).flatten(1)
+    d = wide - wide[:, :1]  # exact
+    exact = d.mean(1) - (mean - wide[:, 0])
+    assert bool((exact.abs() > 2.0**-30).any()), "nothing is lost"
+    torch.testing.assert_close(low, exact, rtol=0, atol=2.0**-48)
+    torch.testing.assert_close(invstd, (d.var(1, correction=0) + EPS).rsqrt(), rtol=1e-13, atol=0)
+
+
 @pytest.mark.parametrize("needs", [(True, False), (False, True)])
 @pytest.mark.parametrize("act", ["relu", "silu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
