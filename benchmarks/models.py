@@ -25,7 +25,8 @@ from benchmarks import cpu_clock, report
 # The largest difference of a tensor, relative to its largest value: a pass in float32, and three
 # steps in float64. Where a network amplifies roundings more, so it does eager's own: 10 times that,
 # and nothing that would show no mistake.
-EVAL_TOLERANCE, TRAIN_TOLERANCE, TIMES_EAGERS, MOST = 1e-5, 1e-8, 10, 1e-2
+# In DETR's evaluation eager is 1.7e-5 from float64, bnext 1.0e-5.
+EVAL_TOLERANCE, TRAIN_TOLERANCE, TIMES_EAGERS, MOST = 4e-5, 1e-8, 10, 1e-2
 STEPS = 3
 NOISE = 1e-6  # what is smaller is so by cancellation, as a bias before a batch norm
 SIZE = 96  # of the square images
