@@ -6,7 +6,8 @@ compared, and room for a fixed number of channels; only layers of more send the 
 """
 
 import time
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,8 @@ def all_gather_single(received: Tensor, sent: Tensor, group: Group = None) -> No
     gather(received, sent, group=group)
 
 
-class Joined(NamedTuple):
+@dataclass(frozen=True)
+class Joined:
     """The statistics of a batch that several processes share."""
 
     save_stats: Tensor  # [3, C]
