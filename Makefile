@@ -1,5 +1,5 @@
 # Every target makes its own environment in $(VENV) from a bare python3, and builds what changed:
-#   make demo                the quick benchmark, then a network trained on real data
+#   make demo                bnext against eager PyTorch, then a network trained on real data
 #   make test                the tests
 #   make test TORCH=torch    with the newest torch, or with any other pip can install
 PYTHON ?= python3
@@ -65,7 +65,7 @@ $(EXTRAS): $(VENV)/with-%: $(VENV)/ready | build
 	@touch $@
 
 demo: build $(VENV)/with-bench
-	python -m benchmarks --quick
+	python -m benchmarks demo
 	python -m benchmarks train
 
 test: build $(VENV)/with-test

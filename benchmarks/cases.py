@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.arguments import BadArgumentError
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LAYOUTS = ("nchw", "channels_last")
 DIRECTIONS = ("forward", "backward", "both")
@@ -148,4 +150,10 @@ def quick() -> list[Case]:
 
 
 def matching(cases: Iterable[Case], pattern: str) -> list[Case]:
-    return [case for case in cases if re.search(pattern, str(case))]
+    every = list(cases)
+    some = [case for case in every if re.search(pattern, str(case))]
+    if not some:
+        raise BadArgumentError(
+            f"argument --filter: {pattern!r} matches none of {len(every)} cases, such as {every[0]}"
+        )
+    return some

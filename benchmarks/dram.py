@@ -1,6 +1,7 @@
 """Bytes that bnext moves through a GPU's memory, counted by Nsight Compute (ncu)."""
 
 import csv
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ import torch
 from rich.console import Console
 
 from benchmarks import report
+from benchmarks.arguments import BadArgumentError
 from benchmarks.cases import Case
 from benchmarks.gpu_clock import MARKER, CudaClock
 from benchmarks.providers import Subject
@@ -32,12 +34,12 @@ class Kernel(NamedTuple):
     written: float
 
 
-def workload() -> int:
+def workload(device: torch.device) -> int:
     """Runs marker, call, marker and flush for each entry of PLAN. To be run under ncu."""
-    clock = CudaClock(torch.device("cuda"))
+    clock = CudaClock(device)
     with clock.stream_in_use():
         for case, direction in PLAN:
-            subject = Subject.of("bnext", case, case.operands(torch.device("cuda")))
+            subject = Subject.of("bnext", case, case.operands(device))
             call = subject.call(direction)
             call()
             clock.flush()
@@ -93,7 +95,9 @@ def rows(found: list[list[Kernel]]) -> list[dict[str, str | int]]:
     ]
 
 
-def run(out: Path) -> int:
+def run(out: Path, facts: dict[str, str], device: torch.device) -> int:
+    if shutil.which("ncu") is None:
+        raise BadArgumentError("ncu (Nsight Compute) is not on PATH")
     console = Console(width=110)
     log = out / "ncu.log"
     out.mkdir(parents=True, exist_ok=True)
@@ -101,6 +105,7 @@ def run(out: Path) -> int:
         "ncu", "--csv", "--log-file", str(log), "--print-units", "base", "--metrics",
         ",".join(METRICS), "--clock-control", "none", "--cache-control", "none",
         "--profile-from-start", "off", sys.executable, "-m", "benchmarks", "dram", "--workload",
+        "--device", str(device),
     ]  # fmt: skip
     status = subprocess.run(command, check=False).returncode
     if status:
@@ -108,7 +113,7 @@ def run(out: Path) -> int:
             f"[red]ncu failed ({status}):[/red] {log.read_text() if log.exists() else ''}"
         )
         return status
-    facts = report.provenance() | report.gpu_facts(torch.device("cuda"))
+    facts = facts | report.gpu_facts(device)
     found = rows(calls(kernels(log.read_text().splitlines(keepends=True))))
     report.write_csv(out / "dram.csv", facts, found)
     labels = list(found[0])[:5]

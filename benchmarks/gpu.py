@@ -78,6 +78,7 @@ class Run:
         verdicts = check(case, subjects)
         self.problems += [failure for v in verdicts.values() for failure in v.failures]
         self.failed |= bool(verdicts["bnext"].failures)
+        found: report.Timings = {}
         for direction in DIRECTIONS:
             for name in ("copy", *subjects):
                 with chosen(name):
@@ -85,9 +86,10 @@ class Run:
                     for mode in self.modes:
                         key = report.Key(case, direction, str(mode))
                         timing = self.clock.time(call, mode, self.budget_s)
-                        self.timings.setdefault(key, {})[name] = timing
+                        found.setdefault(key, {})[name] = timing
                     peak = self.clock.peak_bytes(call)
                     self.costs[case, direction, name] = report.Cost(peak, None)
+        self.timings |= found  # whole, because a half one has nothing to be compared with
 
     def count(self, case: Case) -> None:
         """Counts launches. Call it after all timing: the profiler slows down what follows it."""
@@ -127,6 +129,8 @@ class Run:
 
     def write(self) -> None:
         """What there is so far: a run may be cut off."""
+        if not self.timings:
+            return
         facts = dict(self.facts)
         if self.problems:
             facts["wrong or left out"] = "; ".join(self.problems)
@@ -143,8 +147,9 @@ def _with_chosen(provider: str, call: Call) -> Call:
 
 
 def run(
-    cases: list[Case],
     out: Path,
+    facts: dict[str, str],
+    cases: list[Case],
     device: torch.device,
     modes: list[Mode],
     budget_s: float,
@@ -153,7 +158,7 @@ def run(
 ) -> int:
     start, seconds = time.perf_counter(), minutes * 60
     console = Console(width=110)
-    facts = report.provenance() | report.gpu_facts(device)
+    facts = facts | report.gpu_facts(device)
     reason = providers.why_not_compiled(str(device)) if with_compile else "--no-compile"
     facts["torch.compile"] = f"left out: {reason}" if reason else "inductor, static shapes"
     console.print(report.facts_table(facts))
@@ -165,12 +170,15 @@ def run(
     this.clock.warm_up()
     with Progress(console=console, auto_refresh=False) as progress:
         end = start + (1 - COUNT_SHARE) * seconds
-        measured = this.each(cases, "measure", end, progress)
+        try:
+            measured = this.each(cases, "measure", end, progress)
+        except KeyboardInterrupt:
+            this.write()
+            raise
         facts["cases"] = f"{len(measured)} of {len(cases)} in {minutes:g} minutes"
-        if this.timings:
-            this.write()
-            this.each(measured, "count", start + seconds, progress)
-            this.write()
+        this.write()
+        this.each(measured, "count", start + seconds, progress)
+        this.write()
     for problem in this.problems:
         console.print(f"[red]wrong or left out:[/red] {problem}", highlight=False)
     if not this.timings:

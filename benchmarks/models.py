@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import bnext
 from benchmarks import cpu_clock, report
+from benchmarks.arguments import BadArgumentError
 
 # The largest difference of a tensor, relative to its largest value: a pass in float32, and three
 # steps in float64. Where a network amplifies roundings more, so it does eager's own: 10 times that,
@@ -143,6 +144,10 @@ def names(pattern: str, quick: bool) -> Iterator[tuple[str, str]]:
         if _version(library) is not None:
             some = [m for m in models.split() if re.search(pattern, f"{library} {m}")]
             yield from ((library, m) for m in some[: 1 if quick else None])
+
+
+def installed() -> list[str]:
+    return [name for name in LIBRARIES if _version(name) is not None]
 
 
 def _version(library: str) -> str | None:
@@ -297,14 +302,16 @@ def _cells(row: Row) -> list[str]:
     ]  # fmt: skip
 
 
-def run(out: Path, pattern: str, quick: bool, budget_s: float) -> int:
+def run(out: Path, facts: dict[str, str], pattern: str, quick: bool, budget_s: float) -> int:
     console = Console(width=110)
     some = [*names(pattern, quick)]
     if not some:
-        console.print(f"no model: install some of {', '.join(LIBRARIES)} (bnext\\[models])")
-        return 1
-    facts = report.provenance()
-    facts |= {name: v for name in LIBRARIES if (v := _version(name)) is not None}
+        raise BadArgumentError(
+            f"argument --filter: {pattern!r} matches no model of {', '.join(installed())}"
+            if installed()
+            else f"none of {', '.join(LIBRARIES)} is installed: pip install 'bnext[models]'"
+        )
+    facts = facts | {name: v for name in LIBRARIES if (v := _version(name)) is not None}
     console.print(report.facts_table(facts))
     rows: list[Row] = []
     with Progress(console=console) as progress:

@@ -7,13 +7,58 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks import report
+from benchmarks import report, summary
 from benchmarks.cases import DIRECTIONS
 
 COLORS = {
     "bnext": "tab:blue", "eager": "tab:orange", "aten": "tab:red", "compile": "tab:green",
     "onednn": "tab:purple", "copy": "black",
 }  # fmt: skip
+
+
+# Of pairs of dtype and layout; a hue for a dtype.
+SHADES = {
+    ("float32", "nchw"): "tab:blue", ("float32", "channels_last"): "lightsteelblue",
+    ("bfloat16", "nchw"): "tab:orange", ("bfloat16", "channels_last"): "navajowhite",
+}  # fmt: skip
+
+
+def speedups(path: Path, facts: Mapping[str, str], found: summary.Times) -> None:
+    """Bars of bnext's speed over eager PyTorch, which is the line at 1: means over the shapes.
+
+    Of outputs in warm memory nothing is shown.
+    """
+    found = {key: by_provider for key, by_provider in found.items() if key.allocator != "warm"}
+    kinds = {
+        "forward": ("bn", "forward"), "backward": ("bn", "backward"),
+        **{f"{name}\nfused": (variant, "both") for variant, name in summary.FUSED.items()},
+    }  # fmt: skip
+    kinds = {k: v for k, v in kinds.items() if any(key[:2] == v for key in found)}
+    groups = summary.groups(found)
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    axis = figure.subplots()
+    width = 0.84 / len(groups)
+    for i, (dtype, layout) in enumerate(groups):
+        means = []
+        for variant, direction in kinds.values():
+            wanted = {"variant": variant, "direction": direction, "dtype": dtype, "layout": layout}
+            some = summary.speedups(found, "eager", **wanted)
+            means.append(statistics.geometric_mean(some) if some else 0.0)
+        places = [x + (i - (len(groups) - 1) / 2) * width for x in range(len(kinds))]
+        color, label = SHADES.get((dtype, layout)), summary.named(dtype, layout)
+        bars = axis.bar(places, means, 0.92 * width, color=color, label=label)
+        axis.bar_label(bars, fmt="%.1f", fontsize=8, padding=1)
+    axis.axhline(1, color="black", linewidth=1)
+    axis.text(len(kinds) - 0.5, 1.02, "eager", fontsize=8, va="bottom", ha="right")
+    axis.set_xticks(range(len(kinds)), list(kinds))
+    axis.set_ylabel("times as fast as eager PyTorch")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=8, frameon=False)
+    sizes = len({key.shape for key in found})
+    title = f"Training, batch norms of ResNet-50: geometric mean of {sizes} shapes"
+    axis.set_title(("Smoke test: " if "smoke test" in facts else "") + title, fontsize=11)
+    figure.supxlabel(report.caption(facts), fontsize=7)
+    figure.savefig(path, dpi=110)
 
 
 def bandwidth(path: Path, timings: report.Timings, title: str, facts: Mapping[str, str]) -> None:

@@ -15,6 +15,7 @@ from rich.box import SIMPLE
 from rich.table import Table
 
 import bnext
+from benchmarks import summary
 from benchmarks.cases import Case
 from benchmarks.check import Verdict
 from benchmarks.cpu_clock import Timing
@@ -40,12 +41,13 @@ Peer = Callable[[Mapping[str, Timing]], float]  # the milliseconds to compare bn
 Verdicts = dict[Case, dict[str, Verdict]]
 
 
-def provenance() -> dict[str, str]:
+def provenance(quick: bool = False) -> dict[str, str]:
     """Machine, versions, date and commit, without which a figure means nothing."""
     threads = torch.get_num_threads()
     cpu = _C.cpu_device_info(threads)
     build = bnext.build_info()
     return {
+        **({"smoke test": "its figures mean nothing"} if quick else {}),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": _git_commit(),
         "cpu": _cpu_model(),
@@ -121,14 +123,17 @@ def error_table(verdicts: Verdicts) -> Table:
     names = [*dict.fromkeys(name for verdict in verdicts.values() for name in verdict)]
     title = "largest error against float64, relative to the largest value"
     table = numbers_table(title, ["case"], names)
-    table.caption = "* beyond the tests' bound: twice eager's error plus unavoidable roundings"
+    table.caption = (
+        "* of another implementation: beyond what bnext is held to, which is twice eager's error "
+        "plus unavoidable roundings"
+    )
     for dtype, layout in dict.fromkeys((case.dtype, case.layout) for case in verdicts):
         some = [v for case, v in verdicts.items() if (case.dtype, case.layout) == (dtype, layout)]
         by_name = [[v[name] for v in some if name in v] for name in names]
         cells = (
-            f"{max(v.error for v in own):.1e}{'*' if any(v.failures for v in own) else ''}"
-            for own in by_name if own
-        )  # fmt: skip
+            f"{max(v.error for v in own):.1e}{'*' * any(v.failures for v in own)}" if own else ""
+            for own in by_name
+        )
         table.add_row(f"{dtype} {layout}", *cells)
     return table
 
@@ -161,34 +166,6 @@ def network_speedup(group: Timings, peer: Peer) -> float | None:
     layers = [(key.case.layers, p) for key, p in group.items() if key.case.layers]
     ours = sum(n * p["bnext"].ms for n, p in layers)
     return sum(n * peer(p) for n, p in layers) / ours if layers else None
-
-
-def headline(timings: Timings, facts: Mapping[str, str]) -> str:
-    """What to quote: bnext's speed over eager, outputs in fresh memory, as geometric means."""
-    fresh = {key: p for key, p in timings.items() if key.setting == "fresh"}
-
-    def mean(some: Timings) -> str:
-        return f"{statistics.geometric_mean(speedups(some, eager_ms)):.2f}"
-
-    parts = []
-    for variant, group in grouped(fresh, lambda key: key.case.variant).items():
-        if variant == "bn":
-            ways = grouped(group, lambda key: key.direction)
-            speeds = ", ".join(f"{way} {mean(some)}" for way, some in ways.items())
-            parts.append(f"batch norm {speeds}")
-        else:
-            # Both directions of a case, by their sums.
-            sums: dict[Case, list[float]] = {}
-            for key, p in group.items():
-                total = sums.setdefault(key.case, [0.0, 0.0])
-                total[0], total[1] = total[0] + eager_ms(p), total[1] + p["bnext"].ms
-            ratio = statistics.geometric_mean([eager / ours for eager, ours in sums.values()])
-            name = variant.replace("bn_", "with ").replace("_", " + ")
-            parts.append(f"{name} {ratio:.2f}")
-    return (
-        f"Times as fast as eager PyTorch on {facts['cpu']} ({facts['isa']}), {facts['threads']} "
-        f"threads: {'; '.join(parts)} (fused, forward and backward)"
-    )
 
 
 def grouped(timings: Timings, by: Callable[[Key], Any]) -> dict[Any, Timings]:
@@ -266,6 +243,18 @@ def gpu_tables(timings: Timings) -> Iterable[Table]:
                 _mean_and_worst([ceiling_ms(k, p) / p["bnext"].ms for k, p in large.items()]),
             )
         yield table
+
+
+def times(timings: Timings) -> summary.Times:
+    found = {}
+    for key, by_provider in timings.items():
+        case, ms = key.case, {name: timing.ms for name, timing in by_provider.items()}
+        shape = tuple(map(str, case.shape[1:3]))
+        named = summary.Key(
+            case.variant, key.direction, case.dtype, case.layout, key.setting, shape
+        )
+        found[named] = ms | {"copies": ceiling_ms(key, by_provider)}
+    return summary.with_sums(found)
 
 
 def _timed(timings: Mapping[str, Timing], provider: str) -> dict[str, Any]:

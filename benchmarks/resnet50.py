@@ -152,10 +152,11 @@ def measure(precision: Precision, settings: Settings, compiled: bool) -> dict[st
 
 
 @torch.backends.cudnn.flags(enabled=True, benchmark=True)
-def run(out: Path, settings: Settings, minutes: float, with_compile: bool) -> int:
+def run(
+    out: Path, facts: dict[str, str], settings: Settings, minutes: float, with_compile: bool
+) -> int:
     console = Console(width=110)
     end = time.perf_counter() + minutes * 60
-    facts = report.provenance()
     if settings.device.type == "cuda":
         facts |= report.gpu_facts(settings.device)
         tf32 = "on" if torch.backends.cudnn.allow_tf32 else "off"

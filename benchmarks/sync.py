@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import bnext
 from benchmarks import cases, report
+from benchmarks.arguments import BadArgumentError
 from bnext._exchange import all_gather_single, message_bytes
 
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -177,23 +178,32 @@ def predicted_ms(link: Link, ranks: int) -> float:
     return total * 1e3
 
 
-def run(out: Path, batch: int, quick: bool) -> int:
+def run(out: Path, facts: dict[str, str], batch: int, quick: bool) -> int:
     if "RANK" not in os.environ:
-        print("benchmarks sync: start it as torchrun --nproc-per-node 2 -m benchmarks sync")
-        return 2
+        raise BadArgumentError("start it as torchrun --nproc-per-node 2 -m benchmarks sync")
     device = torch.device("cpu")
     if bnext.build_info()["cuda"] and torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        return _run(out, batch, quick, device)
+        return _run(out, facts, batch, quick, device)
     finally:
         dist.destroy_process_group()
 
 
-def _run(out: Path, batch: int, quick: bool, device: torch.device) -> int:
+def _run(out: Path, facts: dict[str, str], batch: int, quick: bool, device: torch.device) -> int:
     ranks, is_first = dist.get_world_size(), dist.get_rank() == 0
+    facts = facts | report.gpu_facts(device) | {
+        "processes": str(ranks), "backend": dist.get_backend(), "batch of each": str(batch),
+    }  # fmt: skip
+
+    def write(rows: list[dict[str, object]]) -> None:
+        columns = "shape", "layers", "provider", "ranks", "ms", "collectives", "bytes_sent"
+        if is_first:
+            empty: dict[str, object] = dict.fromkeys(columns, "")
+            report.write_csv(out / "sync.csv", facts, (empty | row for row in rows))
+
     shapes, rounds = (cases.QUICK, 3) if quick else (cases.RESNET50, 11)
     console = Console(quiet=not is_first)
     rows: list[dict[str, object]] = []
@@ -211,6 +221,7 @@ def _run(out: Path, batch: int, quick: bool, device: torch.device) -> int:
                 "shape": case.size, "layers": case.layers, "provider": name, "ms": f"{ms:.3f}",
                 "collectives": traffic[name].collectives, "bytes_sent": traffic[name].bytes_sent,
             })  # fmt: skip
+        write(rows)
     link = measure_link(device, 5 if quick else 101)
     if is_first:
         ours, theirs, alone = totals
@@ -233,13 +244,7 @@ def _run(out: Path, batch: int, quick: bool, device: torch.device) -> int:
             ms = predicted_ms(link, other)
             console.print(f"{other:5} ranks: {ms:9.1f} ms predicted")
             rows.append({"provider": "predicted exchanges", "ranks": other, "ms": f"{ms:.3f}"})
-        facts = report.provenance() | report.gpu_facts(device) | {
-            "processes": str(ranks), "backend": dist.get_backend(), "batch of each": str(batch),
-            "ring step": f"{link.latency * 1e6:.1f} us, {link.bytes_per_s / 1e9:.3f} GB/s",
-        }  # fmt: skip
-        fields = dict.fromkeys(
-            ("shape", "layers", "provider", "ranks", "ms", "collectives", "bytes_sent"), ""
-        )
-        report.write_csv(out / "sync.csv", facts, (fields | row for row in rows))
+        facts["ring step"] = f"{link.latency * 1e6:.1f} us, {link.bytes_per_s / 1e9:.3f} GB/s"
+        write(rows)
         console.print(f"{out / 'sync.csv'}")
     return 0

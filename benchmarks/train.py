@@ -97,9 +97,8 @@ class Run:
         self.accuracies.append((self.model(images).argmax(1) == labels).float().mean().item())
 
 
-def run(out: Path, epochs: int) -> int:
+def run(out: Path, facts: dict[str, str], epochs: int) -> int:
     console = Console()
-    facts = report.provenance()
     console.print(report.facts_table(facts))
     torch.manual_seed(0)
     images, labels, test_images, test_labels = digits()
@@ -117,11 +116,10 @@ def run(out: Path, epochs: int) -> int:
             for each in list(runs.values())[:: 1 if epoch % 2 else -1]:
                 each.epoch(batches)
                 each.test(test_images, test_labels)
+            _write(out, facts, runs)
 
     theirs, ours = runs.values()
-    pairs = zip(theirs.losses, ours.losses, strict=True)
-    differences = [abs(a - b) / abs(a) for a, b in pairs]
-    first = max(differences[:FIRST_STEPS])
+    first = max(_differences(runs)[:FIRST_STEPS])
     noise = math.sqrt(2 * theirs.accuracies[-1] * (1 - theirs.accuracies[-1]) / len(test_labels))
     gap = ours.accuracies[-1] - theirs.accuracies[-1]
     facts |= {
@@ -132,7 +130,8 @@ def run(out: Path, epochs: int) -> int:
     console.print(_table(runs, len(labels), len(test_labels)))
     for name in ("first steps", "test accuracy"):
         console.print(f"{name}: {facts[name]}", highlight=False)
-    _write(out, facts, runs, differences)
+    _write(out, facts, runs)
+    _plot(out, facts, runs)
     console.print(f"Written to {out}/train.csv and train.png", highlight=False)
     if not first <= TOLERANCE:
         console.print("[red]the losses differ by more than roundings at the start[/red]")
@@ -158,13 +157,17 @@ def _table(runs: dict[str, Run], train_size: int, test_size: int) -> Table:
     return table
 
 
-def _write(
-    out: Path, facts: dict[str, str], runs: dict[str, Run], differences: list[float]
-) -> None:
+def _differences(runs: dict[str, Run]) -> list[float]:
+    """Of the losses, relative, by step."""
+    theirs, ours = runs.values()
+    return [abs(a - b) / abs(a) for a, b in zip(theirs.losses, ours.losses, strict=True)]
+
+
+def _write(out: Path, facts: dict[str, str], runs: dict[str, Run]) -> None:
     theirs, ours = runs.values()
     epoch_steps = len(theirs.losses) // len(theirs.accuracies)
     rows = []
-    for step, difference in enumerate(differences):
+    for step, difference in enumerate(_differences(runs)):
         row = {"step": step + 1, "loss_torch": f"{theirs.losses[step]:.7f}"}
         row |= {"loss_bnext": f"{ours.losses[step]:.7f}", "difference": f"{difference:.2e}"}
         epoch, last = divmod(step + 1, epoch_steps)
@@ -174,6 +177,8 @@ def _write(
         rows.append(row)
     report.write_csv(out / "train.csv", facts, rows)
 
+
+def _plot(out: Path, facts: dict[str, str], runs: dict[str, Run]) -> None:
     from matplotlib.figure import Figure  # for plots alone
 
     figure = Figure(figsize=(10, 4), layout="constrained")

@@ -1,24 +1,29 @@
 """Checks bnext on this machine against the paper's formulas in float64: ``python -m bnext.verify``.
 
-Runs every kernel family that this machine has, in every dtype and layout, forward and backward, in
-training and eval, with and without residual and ReLU. On a GPU also runs them in a CUDA graph, and
-lets torch watch for host synchronisation. Takes seconds; exits with 1 if anything is wrong.
+Runs every kernel family that this machine has (on a CPU: every instruction set, each in a process
+of its own), in every dtype and layout, forward and backward, in training and eval, with and without
+residual and ReLU. On a GPU also runs them in a CUDA graph, and lets torch watch for host
+synchronisation. Exits with 1 if anything is wrong. A CPU of 2 cores takes half a minute for each
+instruction set.
 """
 
 import argparse
 import itertools
 import os
+import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor
 
 from bnext import reference
 from bnext._call import normalize
+from bnext._extension import _C
 from bnext.introspect import build_info, explain
 from bnext.reference import Operands
 
@@ -29,7 +34,7 @@ DTYPES: dict[str, tuple[torch.dtype, torch.dtype]] = {
     "float64": (torch.float64, torch.float64),
     "bfloat16": (torch.bfloat16, torch.float32),
     "float16": (torch.float16, torch.float32),
-    "bfloat16, parameters too": (torch.bfloat16, torch.bfloat16),
+    "all bfloat16": (torch.bfloat16, torch.bfloat16),
 }
 _NCHW, _NHWC, _NDHWC = torch.contiguous_format, torch.channels_last, torch.channels_last_3d
 Results: TypeAlias = dict[str, Tensor]
@@ -60,6 +65,13 @@ MODES = (
     *itertools.product((True, False), (False, True), (False, True), ("normal",)),
     *itertools.product((True,), (False,), (False, True), ("positive", "constant")),
 )
+# What is compared, and a short name for it.
+RESULTS = {
+    "output": "y", "grad_input": "dx", "grad_weight": "dw", "grad_bias": "db",
+    "grad_residual": "dres", "running_mean": "mean", "running_var": "var",
+    "num_batches_tracked": "n",
+}  # fmt: skip
+CAPABILITY = "BNEXT_CPU_CAPABILITY"
 # The family and team that a plan is forced to use; the plan chooses where they are empty.
 CUDA_CHOICES = {
     "as planned": ("", ""),
@@ -234,27 +246,39 @@ def check(case: Case, t: Operands, exact: Operands, with_graph: bool, row: Row) 
 
 def check_all(
     device: torch.device, shapes: Iterable[Shape], small: bool, family: str
-) -> dict[tuple[str, str], Row]:
-    """Every case under every choice."""
+) -> Iterator[tuple[str, str, Row]]:
+    """Every case under every choice: a dtype after the other, its choices and what was found."""
     on_gpu = device.type == "cuda"
     names = [name for name, (own, _) in CUDA_CHOICES.items() if family in ("", own)]
     choices = {name: CUDA_CHOICES[name] for name in (names if on_gpu else ["as planned"])}
     if on_gpu and torch.cuda.get_device_capability(device) < (9, 0):
         choices.pop("resident cluster", None)
-    rows = {(name, dtype): Row() for name in choices for dtype in DTYPES}
-    for shape, dtype, mode in itertools.product(shapes, DTYPES, MODES):
-        training, residual, relu, gradient = mode
-        case = Case(*shape, dtype, training, residual, relu, gradient)
-        t = case.operands(device)
-        exact = case.operands(torch.device("cpu")) if small else t
-        for name, choice in choices.items():
-            if case.training or not choice[1]:  # in eval there is no reduction to force
-                with forced(choice):
-                    check(case, t, exact, on_gpu and not small, rows[name, dtype])
-    for (name, _), row in rows.items():
-        if not row.cases and not row.failures:
-            row.failures.append(f"{name}: no case could be run")
-    return rows
+    for dtype in DTYPES:
+        rows = {name: Row() for name in choices}
+        for shape, mode in itertools.product(shapes, MODES):
+            training, residual, relu, gradient = mode
+            case = Case(*shape, dtype, training, residual, relu, gradient)
+            t = case.operands(device)
+            exact = case.operands(torch.device("cpu")) if small else t
+            for name, choice in choices.items():
+                if case.training or not choice[1]:  # in eval there is no reduction to force
+                    with forced(choice):
+                        check(case, t, exact, on_gpu and not small, rows[name])
+        for name, row in rows.items():
+            if not row.cases and not row.failures:
+                row.failures.append(f"{name}: no case could be run")
+            yield dtype, name, row
+
+
+def _in_a_process(isa: str, arguments: Sequence[str], say: Callable[[str], object]) -> int:
+    """The instruction set is chosen once, when the kernels are first called."""
+    command = [sys.executable, "-u", "-m", "bnext.verify", *arguments]
+    environment = os.environ | {CAPABILITY: isa}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout
+        for printed in process.stdout:
+            say(printed.rstrip("\n"))
+    return process.returncode
 
 
 def plans(device: torch.device, shapes: Iterable[Shape]) -> str:
@@ -267,44 +291,89 @@ def plans(device: torch.device, shapes: Iterable[Shape]) -> str:
     return ", ".join(sorted(found))
 
 
-def table(rows: dict[tuple[str, str], Row]) -> Iterator[str]:
-    """Lines of text: the worst errors, in units of the bound."""
-    names = list(dict.fromkeys(name for row in rows.values() for name in row.errors))
-    short = [name.replace("running_", "run_").replace("num_batches_", "") for name in names]
-    yield f"{'kernels':18}{'dtype':25}{'cases':>6}" + "".join(f"{n:>14}" for n in short)
-    for (choice, dtype), row in rows.items():
-        cells = "".join(f"{row.errors.get(name, 0.0):14.3f}" for name in names)
-        marks = f"  {len(row.failures)} FAILED" if row.failures else ""
-        marks += f"  ({row.refused} not for these kernels)" if row.refused else ""
-        yield f"{choice:18}{dtype:25}{row.cases:6}{cells}{marks}"
+def heading() -> str:
+    """Of the lines that follow."""
+    return f"{'dtype':13}{'kernels':17}{'cases':>5}" + "".join(f"{n:>5}" for n in RESULTS.values())
+
+
+def line(dtype: str, choice: str, row: Row) -> str:
+    """The worst errors, in units of the bound."""
+    cells = "".join(f"{row.errors.get(name, 0.0):5.2f}" for name in RESULTS)
+    marks = f"\n{'':13}{len(row.failures)} FAILED" if row.failures else ""
+    marks += f"\n{'':13}{row.refused} are not for these kernels" if row.refused else ""
+    return f"{dtype:13}{choice:17}{row.cases:5}{cells}{marks}"
+
+
+def device_argument(text: str) -> torch.device:
+    """For argparse: a device that bnext can run on here."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"expected cpu, cuda or cuda:<number>, got {text!r}")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise argparse.ArgumentTypeError(f"{text}: torch finds no GPU")
+        if not build_info()["cuda"]:
+            reason = build_info()["cuda_missing"]
+            raise argparse.ArgumentTypeError(f"{text}: bnext was built without CUDA: {reason}")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise argparse.ArgumentTypeError(
+                f"{text}: torch finds {torch.cuda.device_count()} GPUs"
+            )
+    return device
+
+
+def instruction_sets() -> list[str]:
+    """Those of this CPU that the kernels are compiled for; one alone if it is chosen already."""
+    best = _C.cpu_device_info(1).isa
+    every = ["default", "avx2", "avx512"]
+    return [best] if os.environ.get(CAPABILITY) else every[: every.index(best) + 1]
+
+
+class Parser(argparse.ArgumentParser):
+    """One line instead of the usage as well."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exits with status 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
 
 
 def main(arguments: Sequence[str], say: Callable[[str], object]) -> int:
     """Checks, says what was found line by line, and returns the exit status."""
-    parser = argparse.ArgumentParser("python -m bnext.verify", description=__doc__)
+    parser = Parser("python -m bnext.verify", description=__doc__)
     default = "cuda" if build_info()["cuda"] and torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", default=default, help="cpu, cuda, cuda:1, ... (%(default)s)")
+    parser.add_argument(
+        "--device",
+        type=device_argument,
+        default=default,
+        help="cpu, cuda, cuda:1, ... (%(default)s)",
+    )
     parser.add_argument("--small", action="store_true", help="tiny cases, for compute-sanitizer")
     families = sorted({family for family, _ in CUDA_CHOICES.values()} - {""})
     parser.add_argument("--family", default="", choices=families, help="only this one, on a GPU")
     options = parser.parse_args(arguments)
-    device, name = torch.device(options.device), "CPU"
+    device = options.device
     if device.type == "cuda":
-        if not build_info()["cuda"]:
-            say(f"bnext was built without CUDA: {build_info()['cuda_missing']}")
-            return 1
         torch.cuda.set_device(device.index or 0)
         name = torch.cuda.get_device_name(device)
+    elif len(isas := instruction_sets()) > 1:
+        return max([_in_a_process(isa, arguments, say) for isa in isas])
+    else:
+        name = isas[0]
     shapes = SMALL if options.small else LARGEST if device.type == "cuda" else LARGER
     say(f"bnext on {device} ({name}), torch {torch.__version__}")
-    say(f"planned: {plans(device, shapes)}")
-    say("largest error against float64, in units of what roundings may add up to (1 is the bound)")
-    rows = check_all(device, shapes, options.small, options.family)
-    say("\n".join(table(rows)))
-    failures = [failure for row in rows.values() for failure in row.failures]
+    say(textwrap.fill(f"planned: {plans(device, shapes)}", 80))
+    say("largest errors against float64; 1 is what roundings may add up to")
+    say(heading())
+    failures, cases = [], 0
+    for dtype, choice, row in check_all(device, shapes, options.small, options.family):
+        say(line(dtype, choice, row))
+        failures += row.failures
+        cases += row.cases
     for failure in failures[:20]:
         say(f"FAILED {failure}")
-    cases = sum(row.cases for row in rows.values())
     say(f"{len(failures)} FAILURES" if failures else f"all {cases} cases are right")
     return 1 if failures else 0
 

@@ -1,6 +1,5 @@
 """The claims of Ioffe & Szegedy (2015), each reproduced with bnext's layers on real images."""
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks import report
+from benchmarks.arguments import BadArgumentError
 from benchmarks.claims import (
     affine,
     bias,
@@ -36,21 +36,16 @@ EXPERIMENTS = {
 }
 
 
-def run(out: Path, names: Sequence[str], folder: Path | None, seeds: int, quick: bool) -> int:
-    if seeds < 2:
-        print(
-            f"--seeds: expected at least 2, for a standard deviation, got {seeds}", file=sys.stderr
-        )
-        return 2
+def run(
+    out: Path, facts: dict[str, str], names: Sequence[str], folder: Path | None, seeds: int,
+    quick: bool,
+) -> int:  # fmt: skip
     try:
         images = data.load(folder)
     except (OSError, ValueError) as error:
-        print(f"--data: {error}", file=sys.stderr)
-        return 2
+        raise BadArgumentError(f"argument --data: {error}") from None
     console = Console()
-    facts = report.provenance() | {"data": images.words, "seeds": str(seeds)}
-    if quick:
-        facts["quick"] = "a smoke test, its figures mean nothing"
+    facts = facts | {"data": images.words, "seeds": str(seeds)}
     console.print(report.facts_table(facts))
     out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Finding | str] = {}

@@ -285,27 +285,3 @@ def test_quick_run_writes_everything_and_says_where_it_is_from(tmp_path):
         assert head["finding"] in page and f"claims-{name}.png" in page
         assert len([*csv.DictReader(rows)]) > 1
         assert head["finding"].split()[0] in result.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--seeds", "1"], "--seeds: expected at least 2"),
-        (["--data", "nowhere"], "--data: nowhere: expected the files of MNIST"),
-    ],
-)
-def test_bad_arguments_are_one_line_and_status_2(arguments, words, capsys, tmp_path):
-    from benchmarks import __main__ as command
-
-    assert command.main(["claims", "--quick", "--out", str(tmp_path / "out"), *arguments]) == 2
-    captured = capsys.readouterr()
-    assert captured.err.startswith(words) and captured.err.count("\n") == 1
-    assert not captured.out and not (tmp_path / "out").exists()
-
-
-def test_an_unknown_experiment_is_status_2(capsys):
-    from benchmarks import __main__ as command
-
-    with pytest.raises(SystemExit, match="2"):
-        command.main(["claims", "--only", "all"])
-    assert "invalid choice: 'all'" in capsys.readouterr().err

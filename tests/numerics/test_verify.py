@@ -9,10 +9,15 @@ import torch
 
 import bnext
 from bnext import verify
+from bnext._extension import _C
 
 
 def run(monkeypatch, damage=None, arguments=("--device", "cpu", "--small")):
-    """Exit status and text of `main`, with `damage` done to the output of every batch norm."""
+    """Exit status and text of `main`, with `damage` done to the output of every batch norm.
+
+    In this process, so with the instruction set that it has chosen.
+    """
+    monkeypatch.setenv(verify.CAPABILITY, _C.cpu_device_info(1).isa)
     normalize = verify.normalize
     if damage is not None:
         monkeypatch.setattr(verify, "normalize", lambda *args: damage(normalize(*args), args))
@@ -25,7 +30,26 @@ def test_passes_as_a_command() -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     cases = len(verify.SMALL) * len(verify.DTYPES) * len(verify.MODES)
-    assert result.stdout.endswith(f"all {cases} cases are right\n")
+    isas = verify.instruction_sets()
+    assert result.stdout.count(f"all {cases} cases are right\n") == len(isas)
+    assert re.findall(r"bnext on cpu \((\w+)\)", result.stdout) == isas
+    assert max(map(len, result.stdout.splitlines())) <= 80
+
+
+def test_one_wrong_instruction_set_fails(monkeypatch) -> None:
+    statuses = {"default": 0, "avx2": 1, "avx512": 0}
+    monkeypatch.setattr(verify, "instruction_sets", lambda: [*statuses])
+    monkeypatch.setattr(verify, "_in_a_process", lambda isa, *_: statuses[isa])
+    assert verify.main(["--device", "cpu"], print) == 1
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99", ""])
+def test_a_device_that_is_not_there_is_one_line(device, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        verify.main(["--device", device], print)
+    said = capsys.readouterr()
+    assert said.err.startswith("python -m bnext.verify: argument --device: ")
+    assert said.err.count("\n") == 1 and not said.out
 
 
 def test_passes_on_every_device(device, monkeypatch) -> None:

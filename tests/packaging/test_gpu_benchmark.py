@@ -129,20 +129,6 @@ def test_statistics() -> None:
     assert float(rows["bnext"]["useful_gb_per_s"]) == pytest.approx(3 * case.bytes / 2e-3 / 1e9)
 
 
-def test_the_headline_is_of_fresh_outputs_and_both_directions_of_a_fused_block() -> None:
-    timings = {}
-    for variant, times in ("bn", (6, 4)), ("bn_add_relu", (1, 7)):
-        case = cases.Case((4, 8, 5, 5), "float32", "nchw", variant)
-        for direction, eager in zip(("forward", "backward"), times, strict=True):
-            fresh, warm = (report.Key(case, direction, a) for a in ("fresh", "warm"))
-            timings[fresh] = {"bnext": timed(2, 2, 2), "eager": timed(eager, eager, eager)}
-            timings[warm] = {"bnext": timed(1, 1, 1), "eager": timed(99, 99, 99)}
-    facts = {"cpu": "a CPU", "isa": "avx2, torch AVX2", "threads": "2"}
-    said = report.headline(timings, facts)
-    assert "batch norm forward 3.00, backward 2.00; with add + relu 2.00 (fused" in said
-    assert "on a CPU (avx2, torch AVX2), 2 threads" in said
-
-
 def test_rounds_and_parts() -> None:
     assert cpu_clock.rounds_within(1.0, 0.1) == 10
     assert cpu_clock.rounds_within(0.0, 1.0) == cpu_clock.LEAST_ROUNDS
@@ -217,7 +203,7 @@ def test_resnet50_smoke_run(tmp_path, monkeypatch) -> None:
         if "AMP" in name:  # slow on many CPUs
             monkeypatch.delitem(resnet50.PRECISIONS, name)
     settings = resnet50.Settings(torch.device("cpu"), batch=4, size=64, steps=1, budget_s=0)
-    assert resnet50.run(tmp_path, settings, minutes=5, with_compile=False) == 0
+    assert resnet50.run(tmp_path, report.provenance(), settings, minutes=5, with_compile=False) == 0
     rows = read(tmp_path / "resnet50.csv")
     assert len(rows) == len(resnet50.PRECISIONS) * len(resnet50.NORMS)
     assert all(float(row["images_per_s"]) > 0 for row in rows)

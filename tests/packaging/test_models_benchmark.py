@@ -126,8 +126,8 @@ def test_quick_takes_one_of_each_installed_library(monkeypatch) -> None:
 
 def test_without_a_library_it_says_what_to_install(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setattr(models, "LIBRARIES", {"not-there": (made, "net")})
-    assert main(["models", "--out", str(tmp_path)]) == 1
-    assert "install some of not-there (bnext[models])" in capsys.readouterr().out
+    assert main(["models", "--out", str(tmp_path)]) == 2
+    assert "none of not-there is installed: pip install" in capsys.readouterr().err
 
 
 def test_every_model_is_named_once() -> None:
