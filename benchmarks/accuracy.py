@@ -1,6 +1,6 @@
 """Errors against float64: bnext and torch, for data near zero and for data far from it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -101,17 +101,22 @@ def rows(device: torch.device) -> Iterator[Row]:
             yield Row(dtype, layout, mean, provider, errors(batch_norm, t))
 
 
-def table(found: list[dict[str, str]]) -> str:
-    """The README's, in Markdown: torch's error and bnext's, the larger of the two layouts."""
-    lines = [["error of torch, of bnext", *RESULTS.values()]]
-    for dtype, mean in dict.fromkeys((row["dtype"], row["mean_over_std"]) for row in found):
+def table(
+    found: list[dict[str, str]],
+    dtypes: Collection[str] = tuple(MEANS),
+    results: Collection[str] = tuple(RESULTS.values()),
+) -> str:
+    """In Markdown: torch's error and bnext's, the larger of the two layouts."""
+    lines = [["errors of torch, of bnext", *results]]
+    kinds = ((row["dtype"], row["mean_over_std"]) for row in found if row["dtype"] in dtypes)
+    for dtype, mean in dict.fromkeys(kinds):
         some = [row for row in found if (row["dtype"], row["mean_over_std"]) == (dtype, mean)]
         cells = [
             ", ".join(
                 f"{max(float(row[name]) for row in some if row['provider'] == provider):.0e}"
                 for provider in PROVIDERS
             )
-            for name in RESULTS.values()
+            for name in results
         ]
         lines.append([f"{dtype}, mean {mean} std", *cells])
     return summary.markdown(lines)

@@ -1,4 +1,4 @@
-"""bnext: batch normalisation for PyTorch that reads the activation from memory once."""
+"""bnext: exact and fused batch normalisation for PyTorch, a drop-in for torch.nn's."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -91,7 +91,7 @@ def convert(model: M, *, fuse: bool = False) -> M:
         warnings.warn(
             "convert: Opacus has wrapped this model. It knows batch norms, which mix samples, by "
             "their exact class, and after conversion finds none. See 'With other libraries' in "
-            "the README.",
+            "tests/COMPATIBILITY.md.",
             stacklevel=2,
         )
     _swap_classes(model, OURS)

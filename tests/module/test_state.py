@@ -126,7 +126,7 @@ def test_a_relu_saves_its_bias_too() -> None:
 
 
 def test_a_pack_hook_that_raises_runs_after_the_op() -> None:
-    """Known, and in the README: autograd packs when forward has returned."""
+    """Known, and in csrc/README.md: autograd packs when forward has returned."""
     module = bnext.BatchNorm2d(3)
 
     def refuse(_: Tensor) -> None:

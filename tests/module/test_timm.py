@@ -62,7 +62,7 @@ def test_timm_reparameterises_what_was_converted(name) -> None:
 
 
 def test_timm_puts_its_own_class_in_the_place_of_ours() -> None:
-    """As the README says: where a model builds a norm with an activation."""
+    """As COMPATIBILITY.md says: where a model builds a norm with an activation."""
     timm = pytest.importorskip("timm")
     model = timm.create_model("regnety_004", norm_layer=bnext.BatchNorm2d)
     norms = {type(m).__module__ for m in model.modules() if isinstance(m, nn.BatchNorm2d)}

@@ -98,4 +98,4 @@ def test_the_benchmark_says_how_to_start_it(capsys) -> None:
     from benchmarks.__main__ import main as benchmarks
 
     assert benchmarks(["sync"]) == 2
-    assert "torchrun" in capsys.readouterr().out
+    assert "torchrun" in capsys.readouterr().err
