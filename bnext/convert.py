@@ -90,8 +90,8 @@ def convert(model: M, *, fuse: bool = False) -> M:
     if kinds & OURS.keys() and any(map(_is_of_opacus, model.modules())):
         warnings.warn(
             "convert: Opacus has wrapped this model. It knows batch norms, which mix samples, by "
-            "their exact class, and after conversion finds none. See 'With other libraries' in "
-            "tests/COMPATIBILITY.md.",
+            "their exact class, and after conversion finds none. See 'Does it work with ...?' in "
+            "the README.",
             stacklevel=2,
         )
     _swap_classes(model, OURS)

@@ -1,4 +1,4 @@
-"""What COMPATIBILITY.md says of tools that know layers by class or hook them, with the real tools."""
+"""What COMPATIBILITY.md says of tools that know layers by class or hook them, with real tools."""
 
 import warnings
 from functools import partial
