@@ -41,9 +41,10 @@ except ModuleNotFoundError as error:
         "install setuptools pybind11 ninja"
     ) from None
 
-from _backend import MINIMUM_TORCH, Torch, find_torch
+from _backend import MINIMUM_TORCH, ROOT, Torch, find_torch
 
-ROOT = Path(__file__).resolve().parent
+PYTHON = sys.implementation.cache_tag
+LIBRARY = f"_C.{PYTHON}.so"
 CSRC = ROOT / "csrc"
 SANITIZE = [f"-fsanitize={s}" for s in [os.environ.get("BNEXT_SANITIZE")] if s]
 
@@ -274,6 +275,9 @@ def link_flags(torch: Torch, cuda: Cuda) -> list[str]:
     # symbols from libtorch_cuda would stay null under a CUDA torch.
     flags = [f"-L{torch.path / 'lib'}", "-Wl,--push-state,--no-as-needed,-ltorch,--pop-state"]
     flags += ["-ltorch_cpu", "-Wl,-z,now", *SANITIZE]
+    # The conversions of float16, which libgcc_s.so has from gcc 12 on: the wheel runs where it is
+    # older too.
+    flags += ["-lgcc"]
     if cuda.nvcc:  # the static runtime, so that importing needs no driver and no libcudart
         flags += [*cuda.library_flags, "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
         flags += ["-Wl,--exclude-libs,ALL"]
@@ -284,12 +288,13 @@ def nvcc_flags(cuda: Cuda) -> list[str]:
     flags = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", f"-I{CSRC}"]
     flags += ["--expt-relaxed-constexpr"]  # constexpr functions of the shared headers
     flags += ["-fmad=false"]  # like -ffp-contract=off: the kernels say where they want an fma
+    flags += ["-Xfatbin=-compress-all"]  # 7 MB an architecture, not 33
     flags += [for_host_compiler(nameless(f)) for f in (ROOT, *cuda.include_folders)]
     return [*flags, *host_compiler(), *cuda.arch_flags()]
 
 
 def ninja_manifest(version: str, torch: Torch, cuda: Cuda) -> str:
-    """The text of build.ninja: every object, then _C.so from them."""
+    """The text of build.ninja: every object, then the library from them."""
     # -MD, not -MMD: a different torch in the same place must cause a rebuild too. ROOT comes first
     # because the last prefix that fits wins, and the environment may be in ROOT.
     compiler = f"{shell(cxx())} -MD -MF $out.d {shell([nameless(ROOT)])} $flags "
@@ -316,7 +321,8 @@ def ninja_manifest(version: str, torch: Torch, cuda: Cuda) -> str:
     # The plan for a GPU is built even without CUDA.
     backends = ("*.cpp", "cpu/*.cpp", "cuda/*.cpp" if cuda.nvcc else "cuda/plan.cpp")
     for source in sorted({p for pattern in backends for p in CSRC.glob(pattern)} - {*kernels}):
-        compile_file("cxx", source, flags=bindings if source.name == "bindings.cpp" else "")
+        of_python = (f".{PYTHON}", bindings) if source.name == "bindings.cpp" else ()
+        compile_file("cxx", source, *of_python)
     for source in sorted(CSRC.glob("cuda/*.cu")) if cuda.nvcc else []:
         for variant, flags in cuda_variants(source).items():
             compile_file("nvcc", source, variant, flags)
@@ -328,7 +334,7 @@ def ninja_manifest(version: str, torch: Torch, cuda: Cuda) -> str:
     # ninja starts what is listed first, so the longest comes first and no core has to wait for it.
     statements.sort(key=lambda statement: statement[0], reverse=True)
     lines += [text for _, text in statements]
-    return "\n".join([*lines, f"build _C.so: link {' '.join(objects)}", ""])
+    return "\n".join([*lines, f"build {LIBRARY}: link {' '.join(objects)}", ""])
 
 
 def shell(words: list[str]) -> str:
@@ -340,11 +346,14 @@ def escape(path: Path) -> str:
 
 
 def build_folder() -> Path:
-    return ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+    return ROOT / "build" / sysconfig.get_platform()
 
 
 class NinjaBuild(build_ext):
-    """Compiles in one folder per Python, so that every kind of install is incremental."""
+    """Compiles in one folder, so that every kind of install is incremental.
+
+    Another Python compiles the bindings only, as long as the torch is the same.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         check_tools()
@@ -369,7 +378,7 @@ class NinjaBuild(build_ext):
             if subprocess.call(command):
                 raise SystemExit("bnext: the C++ build failed; the compiler's message is above.")
 
-        library = folder / "_C.so"
+        library = folder / LIBRARY
         if b"\0libtorch.so\0" not in library.read_bytes():
             raise SystemExit("bnext: the linker dropped libtorch.so from the needed libraries.")
         target = Path(self.get_ext_fullpath(ext.name))
