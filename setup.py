@@ -8,7 +8,8 @@ Environment
     MAX_JOBS                        parallel compiler processes (default: the CPUs it may use)
     BNEXT_CUDA                      whether to build the CUDA kernels: 0 | 1 | auto (the default: if
                                     torch has CUDA and nvcc works) | gpu (auto, and a GPU is found)
-    CUDA_HOME                       the CUDA toolkit (default: the one of the nvcc on PATH)
+    CUDA_HOME                       the CUDA toolkit (default: the one of the nvcc on PATH, or else
+                                    of PyPI's cuda-toolkit[nvcc,crt,cudart,cccl] beside torch)
     TORCH_CUDA_ARCH_LIST            e.g. "8.0;9.0+PTX" (default: this machine's GPUs, else
                                     DEFAULT_CUDA_ARCHS, and PTX for later ones)
     NVCC_APPEND_FLAGS               flags appended to nvcc's command lines
@@ -106,15 +107,18 @@ def find_cuda(torch: Torch) -> Cuda:
             f"it is built against torch {torch.version}, which has no CUDA; BNEXT_CUDA=1 builds "
             "for a GPU all the same"
         )
-    cuda = probe_cuda()
+    cuda = probe_cuda(torch)
     if choice == "1" and cuda.missing:
         raise SystemExit(f"bnext: BNEXT_CUDA=1, but {cuda.missing}")
     return cuda
 
 
-def probe_cuda() -> Cuda:
+def probe_cuda(torch: Torch | None = None) -> Cuda:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    folders = [f"{home}/bin"] if home else os.get_exec_path()
+    if torch and not home:  # last PyPI's, in torch's environment
+        folders += map(str, torch.path.parent.glob("nvidia/cu*/bin"))
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
     if not nvcc:
         return Cuda(f"no nvcc in {home}/bin" if home else "no nvcc on PATH, no CUDA_HOME set")
     # nvcc may be a script or a link, so it is asked where its toolkit is. Preprocessing an empty
@@ -126,13 +130,15 @@ def probe_cuda() -> Cuda:
     version = re.search(r"\bV([\d.]+)", run([nvcc, "--version"]).stdout)
     includes = shlex.split(settings.get("INCLUDES", ""))
     folders = [word.removeprefix("-isystem").removeprefix("-I") for word in includes]
+    libraries = shlex.split(settings.get("LIBRARIES", ""))
+    libraries.append(f"-L{Path(nvcc).resolve().parents[1] / 'lib'}")  # PyPI's has no lib64
     known = set(re.findall(r"compute_(\d+)", run([nvcc, "--list-gpu-arch"]).stdout))
     return Cuda(
         nvcc=nvcc,
         version=version[1] if version else "unknown",
         archs=cuda_archs(known),
         include_folders=tuple(filter(None, folders)),
-        library_flags=tuple(shlex.split(settings.get("LIBRARIES", ""))),
+        library_flags=tuple(libraries),
     )
 
 

@@ -194,6 +194,20 @@ def test_what_nvcc_complains_of_is_passed_on(setup, monkeypatch, tmp_path) -> No
     )
 
 
+def test_nvcc_may_be_the_one_of_pypi_beside_torch(setup, monkeypatch, tmp_path) -> None:
+    torch_found = _backend.Torch(tmp_path / "torch", "3.0.0", cuda=False)
+    toolkit = tmp_path / "nvidia" / "cu13"
+    toolkit.mkdir(parents=True)
+    nvcc = script(toolkit / "bin" / "nvcc", "echo compute_80 V13.0.1; echo '#$ LIBRARIES=-La' >&2")
+    monkeypatch.setenv("PATH", NOTHING)
+    monkeypatch.setenv("BNEXT_CUDA", "1")
+    found = setup.find_cuda(torch_found)
+    assert (found.nvcc, found.version) == (str(nvcc), "13.0.1")
+    assert found.library_flags == ("-La", f"-L{toolkit}/lib")
+    monkeypatch.setenv("CUDA_HOME", NOTHING)
+    assert setup.probe_cuda(torch_found).missing == "no nvcc in /nowhere/bin"
+
+
 @pytest.mark.parametrize(
     ("cxx", "options"),
     [
