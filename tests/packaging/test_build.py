@@ -331,7 +331,13 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("target", "extras"),
-    [("build", []), ("demo", ["bench"]), ("test", ["test"]), ("lint", ["lint"])],
+    [
+        ("build", []),
+        ("demo", ["bench"]),
+        ("test", ["test"]),
+        ("lint", ["lint"]),
+        ("wheels", ["release"]),
+    ],
 )
 def test_make_installs_what_the_target_needs(tmp_path, target, extras) -> None:
     (torch_choice,) = make("-s", "torch").stdout.split()

@@ -8,7 +8,7 @@ A wheel is built in isolation, against the torch of the environment that runs th
 auditwheel the manylinux tag that its symbols allow, and is checked by twine. Then pip installs it
 with what it requires into a fresh environment of its Python, where a smoke test runs. --under names
 environments with torches of their own in which it runs too: one wheel serves every torch.
-Everything lands in dist/. Exits with 1 if a step fails. `pip install '.[release]'` gets the tools.
+What passes lands in dist/. Exits with 1 if a step fails. `pip install '.[release]'` gets the tools.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def arguments() -> argparse.Namespace:
     add("pythons", nargs="*", metavar="PYTHON", help="default: every pythonX.Y on PATH that runs")
     add("--under", nargs="+", default=[], metavar="PYTHON", help="tests the wheels in these too")
     add("--torch", default="torch", help="what pip installs beside a wheel, e.g. torch==2.13.0")
-    add("--no-test", action="store_true", help="makes no fresh environments, which takes a torch")
+    add("--no-test", action="store_true", help="no fresh environments, each of which takes a torch")
     add("--release", metavar="TAG", help="builds from the unpacked sdist, if TAG is v<version>")
     add("--out", type=Path, default=ROOT / "dist", help="folder to write (default: dist/)")
     return parser.parse_args()
@@ -47,14 +47,16 @@ def main() -> int:
     out = options.out.resolve()
     pythons = versions(options.pythons or pythons_on_path())
     under = [(python, version(python)) for python in options.under]
+    if missing := [python for python, tag in under if tag not in pythons]:
+        sys.exit(f"no wheel will be built for the version of {', '.join(missing)}")
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
         sdist = build_sdist(scratch / "sdist")
         source = ROOT
         if options.release:
-            if sdist.name != f"bnext-{options.release.removeprefix('v')}.tar.gz":
-                sys.exit(f"the tag {options.release} is not the version of {sdist.name}")
             source = unpack(sdist, scratch)
+            if source.name != options.release.replace("v", "bnext-", 1):
+                sys.exit(f"the tag {options.release} is not the version of {sdist.name}")
         made, results = [sdist], []
         for tag, python in pythons.items():
             environment = Environment(python, scratch / tag)
@@ -67,14 +69,14 @@ def main() -> int:
             environment.pip("install", "--no-deps", "--target", str(target), str(wheel))
             results += [passes(other, target) for other, its_tag in under if its_tag == tag]
         run(sys.executable, "-m", "twine", "check", "--strict", *made)
+        print(f"{sum(results)} of {len(results)} environments passed")
+        if not all(results):
+            return 1
         out.mkdir(exist_ok=True)
         for file in made:
             shutil.copy(file, out)
             print(f"{file.stat().st_size / 1e6:6.2f} MB  {out / file.name}")
-    if missing := [python for python, its_tag in under if its_tag not in pythons]:
-        sys.exit(f"no wheel was built for the version of {', '.join(missing)}")
-    print(f"{sum(results)} of {len(results)} environments passed")
-    return 0 if all(results) else 1
+    return 0
 
 
 def run(*command: str | Path, cwd: Path | None = None) -> None:
@@ -86,11 +88,13 @@ def run(*command: str | Path, cwd: Path | None = None) -> None:
 def pythons_on_path() -> list[str]:
     names = (f"python3.{minor}" for minor in range(10, 30))
     # A shim of pyenv is on PATH even where its Python is not to be run.
-    return [name for name in names if shutil.which(name) and version(name)]
+    return [name for name in names if version(name)]
 
 
 def version(python: str) -> str:
     """E.g. cpython-311; nothing if that is no Python."""
+    if not shutil.which(python):
+        return ""
     command = [python, "-c", "import sys; print(sys.implementation.cache_tag)"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
