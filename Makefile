@@ -12,11 +12,11 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help build test demo bench-quick lint types format sanitize across-torch torch clean FORCE
+.PHONY: help build test demo bench-quick lint types format sanitize wheels torch clean FORCE
 
 help:
 	@sed -n '2,4s/^# *//p' Makefile
-	@echo "also: build lint types format sanitize across-torch clean"
+	@echo "also: build lint types format sanitize wheels clean"
 
 # Holds the choice of torch: a different one makes the set-up run again.
 $(VENV)/torch-choice: FORCE
@@ -58,9 +58,10 @@ $(VENV)/ready: pyproject.toml $(VENV)/torch-choice
 build: $(VENV)/ready
 	python setup.py -q build_ext --inplace
 
-# What an extra of pyproject.toml adds. bnext is built by then, so pip has nothing to compile.
-EXTRAS = $(addprefix $(VENV)/with-,bench test lint)
-$(EXTRAS): $(VENV)/with-%: $(VENV)/ready | build
+# What an extra of pyproject.toml adds, and the version of bnext/__init__.py. bnext is built by then,
+# so pip has nothing to compile.
+EXTRAS = $(addprefix $(VENV)/with-,bench test lint release)
+$(EXTRAS): $(VENV)/with-%: $(VENV)/ready bnext/__init__.py | build
 	python -m pip install --no-build-isolation -e ".[$*]"
 	@touch $@
 
@@ -94,10 +95,9 @@ format: $(VENV)/with-lint
 sanitize: $(VENV)/with-test
 	tests/sanitize.sh $(PYTEST_ARGS)
 
-# One wheel under several torches: make across-torch PYTHONS="a/bin/python b/bin/python"
-PYTHONS ?= $(VENV)/bin/python
-across-torch: build
-	python tests/packaging/across_torch.py $(PYTHONS)
+# The sdist and the wheels, tested: make wheels WHEELS_ARGS="python3.11 --under a/bin/python"
+wheels: $(VENV)/with-release
+	python tests/packaging/wheels.py --torch "$(TORCH)" $(WHEELS_ARGS)
 
 # What .ci/run holds pip to.
 torch:

@@ -1,12 +1,15 @@
 """PEP 517 backend: setuptools' own, except that it builds against a torch already installed.
 
 Build isolation hides the target environment from `sys.path`, not from disk, and any torch >= 2.11
-gives the same extension (stable ABI). So torch is a build requirement only if none is found:
-`pip install .` then downloads a megabyte, not another torch with its CUDA libraries.
+gives the same extension (stable ABI). So torch is a build requirement only if none is found: in the
+target environment, which pip tells, or in an environment on PATH (one that is activated) or in
+.venv, since uv and build tell nothing. They then download megabytes, not another torch with its
+CUDA libraries.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import site
 import sys
@@ -17,6 +20,7 @@ from typing import Any, NamedTuple
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
 
+ROOT = Path(__file__).resolve().parent
 MINIMUM_TORCH = (2, 11)  # = TORCH_TARGET_VERSION in setup.py and `dependencies` in pyproject.toml
 
 
@@ -27,11 +31,13 @@ class Torch(NamedTuple):
 
 
 def find_torch() -> Torch | None:
-    """The first torch in this interpreter's environment that is new enough; does not import it."""
+    """The first torch that is new enough, this interpreter's own first; does not import it."""
     base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
     folders = [*sys.path, sysconfig.get_path("platlib"), sysconfig.get_path("purelib")]
     folders += [*site.getsitepackages(), site.getusersitepackages()]
     folders += [sysconfig.get_path("platlib", vars=base)]  # venv --system-site-packages
+    others = [*(Path(folder).parent for folder in os.get_exec_path()), ROOT / ".venv"]
+    folders += [folder for other in others for folder in other.glob("lib/python3*/site-packages")]
     for folder in folders:
         version_file = Path(folder, "torch", "version.py")
         if not version_file.is_file():

@@ -8,7 +8,8 @@ Environment
     MAX_JOBS                        parallel compiler processes (default: the CPUs it may use)
     BNEXT_CUDA                      whether to build the CUDA kernels: 0 | 1 | auto (the default: if
                                     torch has CUDA and nvcc works) | gpu (auto, and a GPU is found)
-    CUDA_HOME                       the CUDA toolkit (default: the one of the nvcc on PATH)
+    CUDA_HOME                       the CUDA toolkit (default: the one of the nvcc on PATH, or else
+                                    of PyPI's cuda-toolkit[nvcc,crt,cudart,cccl] beside torch)
     TORCH_CUDA_ARCH_LIST            e.g. "8.0;9.0+PTX" (default: this machine's GPUs, else
                                     DEFAULT_CUDA_ARCHS, and PTX for later ones)
     NVCC_APPEND_FLAGS               flags appended to nvcc's command lines
@@ -41,9 +42,10 @@ except ModuleNotFoundError as error:
         "install setuptools pybind11 ninja"
     ) from None
 
-from _backend import MINIMUM_TORCH, Torch, find_torch
+from _backend import MINIMUM_TORCH, ROOT, Torch, find_torch
 
-ROOT = Path(__file__).resolve().parent
+PYTHON = sys.implementation.cache_tag
+LIBRARY = f"_C.{PYTHON}.so"
 CSRC = ROOT / "csrc"
 SANITIZE = [f"-fsanitize={s}" for s in [os.environ.get("BNEXT_SANITIZE")] if s]
 
@@ -105,15 +107,18 @@ def find_cuda(torch: Torch) -> Cuda:
             f"it is built against torch {torch.version}, which has no CUDA; BNEXT_CUDA=1 builds "
             "for a GPU all the same"
         )
-    cuda = probe_cuda()
+    cuda = probe_cuda(torch)
     if choice == "1" and cuda.missing:
         raise SystemExit(f"bnext: BNEXT_CUDA=1, but {cuda.missing}")
     return cuda
 
 
-def probe_cuda() -> Cuda:
+def probe_cuda(torch: Torch | None = None) -> Cuda:
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    folders = [f"{home}/bin"] if home else os.get_exec_path()
+    if torch and not home:  # last PyPI's, in torch's environment
+        folders += map(str, torch.path.parent.glob("nvidia/cu*/bin"))
+    nvcc = shutil.which("nvcc", path=os.pathsep.join(folders))
     if not nvcc:
         return Cuda(f"no nvcc in {home}/bin" if home else "no nvcc on PATH, no CUDA_HOME set")
     # nvcc may be a script or a link, so it is asked where its toolkit is. Preprocessing an empty
@@ -125,13 +130,15 @@ def probe_cuda() -> Cuda:
     version = re.search(r"\bV([\d.]+)", run([nvcc, "--version"]).stdout)
     includes = shlex.split(settings.get("INCLUDES", ""))
     folders = [word.removeprefix("-isystem").removeprefix("-I") for word in includes]
+    libraries = shlex.split(settings.get("LIBRARIES", ""))
+    libraries.append(f"-L{Path(nvcc).resolve().parents[1] / 'lib'}")  # PyPI's has no lib64
     known = set(re.findall(r"compute_(\d+)", run([nvcc, "--list-gpu-arch"]).stdout))
     return Cuda(
         nvcc=nvcc,
         version=version[1] if version else "unknown",
         archs=cuda_archs(known),
         include_folders=tuple(filter(None, folders)),
-        library_flags=tuple(shlex.split(settings.get("LIBRARIES", ""))),
+        library_flags=tuple(libraries),
     )
 
 
@@ -274,6 +281,9 @@ def link_flags(torch: Torch, cuda: Cuda) -> list[str]:
     # symbols from libtorch_cuda would stay null under a CUDA torch.
     flags = [f"-L{torch.path / 'lib'}", "-Wl,--push-state,--no-as-needed,-ltorch,--pop-state"]
     flags += ["-ltorch_cpu", "-Wl,-z,now", *SANITIZE]
+    # The conversions of float16, which libgcc_s.so has from gcc 12 on: the wheel runs where it is
+    # older too.
+    flags += ["-lgcc"]
     if cuda.nvcc:  # the static runtime, so that importing needs no driver and no libcudart
         flags += [*cuda.library_flags, "-lcudart_static", "-lrt", "-lpthread", "-ldl"]
         flags += ["-Wl,--exclude-libs,ALL"]
@@ -284,12 +294,13 @@ def nvcc_flags(cuda: Cuda) -> list[str]:
     flags = ["-O3", "-std=c++20", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", f"-I{CSRC}"]
     flags += ["--expt-relaxed-constexpr"]  # constexpr functions of the shared headers
     flags += ["-fmad=false"]  # like -ffp-contract=off: the kernels say where they want an fma
+    flags += ["-Xfatbin=-compress-all"]  # 7 MB an architecture, not 33
     flags += [for_host_compiler(nameless(f)) for f in (ROOT, *cuda.include_folders)]
     return [*flags, *host_compiler(), *cuda.arch_flags()]
 
 
 def ninja_manifest(version: str, torch: Torch, cuda: Cuda) -> str:
-    """The text of build.ninja: every object, then _C.so from them."""
+    """The text of build.ninja: every object, then the library from them."""
     # -MD, not -MMD: a different torch in the same place must cause a rebuild too. ROOT comes first
     # because the last prefix that fits wins, and the environment may be in ROOT.
     compiler = f"{shell(cxx())} -MD -MF $out.d {shell([nameless(ROOT)])} $flags "
@@ -316,7 +327,8 @@ def ninja_manifest(version: str, torch: Torch, cuda: Cuda) -> str:
     # The plan for a GPU is built even without CUDA.
     backends = ("*.cpp", "cpu/*.cpp", "cuda/*.cpp" if cuda.nvcc else "cuda/plan.cpp")
     for source in sorted({p for pattern in backends for p in CSRC.glob(pattern)} - {*kernels}):
-        compile_file("cxx", source, flags=bindings if source.name == "bindings.cpp" else "")
+        of_python = (f".{PYTHON}", bindings) if source.name == "bindings.cpp" else ()
+        compile_file("cxx", source, *of_python)
     for source in sorted(CSRC.glob("cuda/*.cu")) if cuda.nvcc else []:
         for variant, flags in cuda_variants(source).items():
             compile_file("nvcc", source, variant, flags)
@@ -328,7 +340,7 @@ def ninja_manifest(version: str, torch: Torch, cuda: Cuda) -> str:
     # ninja starts what is listed first, so the longest comes first and no core has to wait for it.
     statements.sort(key=lambda statement: statement[0], reverse=True)
     lines += [text for _, text in statements]
-    return "\n".join([*lines, f"build _C.so: link {' '.join(objects)}", ""])
+    return "\n".join([*lines, f"build {LIBRARY}: link {' '.join(objects)}", ""])
 
 
 def shell(words: list[str]) -> str:
@@ -340,11 +352,14 @@ def escape(path: Path) -> str:
 
 
 def build_folder() -> Path:
-    return ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+    return ROOT / "build" / sysconfig.get_platform()
 
 
 class NinjaBuild(build_ext):
-    """Compiles in one folder per Python, so that every kind of install is incremental."""
+    """Compiles in one folder, so that every kind of install is incremental.
+
+    Another Python compiles the bindings only, as long as the torch is the same.
+    """
 
     def build_extension(self, ext: Extension) -> None:
         check_tools()
@@ -369,7 +384,7 @@ class NinjaBuild(build_ext):
             if subprocess.call(command):
                 raise SystemExit("bnext: the C++ build failed; the compiler's message is above.")
 
-        library = folder / "_C.so"
+        library = folder / LIBRARY
         if b"\0libtorch.so\0" not in library.read_bytes():
             raise SystemExit("bnext: the linker dropped libtorch.so from the needed libraries.")
         target = Path(self.get_ext_fullpath(ext.name))

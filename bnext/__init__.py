@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bnext import introspect, verify
     from bnext.introspect import Explanation, build_info, explain
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _LAZY_MODULES = ("introspect", "verify")
 _LAZY = ("Explanation", "build_info", "explain", *_LAZY_MODULES)

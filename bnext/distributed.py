@@ -82,7 +82,11 @@ class SyncBatchNorm(_BatchNorm):
     _check_non_zero_input_channels: Any = nn.SyncBatchNorm._check_non_zero_input_channels
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Normalise, add the residual and apply the activation."""
+        """Normalise by the statistics of all processes, add the residual, apply the activation.
+
+        Arguments, result and errors are those of :meth:`bnext.BatchNormAct2d.forward`, besides the
+        errors that the class names.
+        """
         check_activation(self.act, self.act_param)
         act, act_param = self.act, parameter(self.act, self.act_param)
         if not isinstance(input, Proxy):

@@ -64,7 +64,17 @@ class BatchNormalization(keras.layers.BatchNormalization):
     """
 
     def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-        """Normalise a batch, and in training move the moving statistics; see the class."""
+        """Normalise a batch, and in training move the moving statistics.
+
+        Args:
+            inputs: whatever Keras converts to a tensor; integers become float32.
+            training: normalise by the batch, if the layer is trainable; else, and by default, by
+                the moving statistics.
+            mask: which values count (``True``), or ``None`` for all.
+
+        Returns:
+            A tensor of the inputs' shape, in the layer's compute dtype.
+        """
         x = keras.ops.convert_to_tensor(inputs)
         training = bool(training and self.trainable)
         if self._why_not(x, training, mask) is not None:
@@ -92,7 +102,11 @@ class BatchNormalization(keras.layers.BatchNormalization):
         return keras.ops.cast(self._as_it_was(output, x), self.compute_dtype)
 
     def explain(self, inputs: Any, training: bool | None = None, mask: Any = None) -> str:
-        """Say whose code a call with these arguments runs, and why if that is not bnext's."""
+        """Say whose code :meth:`call` would run with these arguments, and why if not bnext's.
+
+        Returns:
+            ``"bnext"``, or ``"Keras: "`` and the reason.
+        """
         x = keras.ops.convert_to_tensor(inputs)
         reason = self._why_not(x, bool(training and self.trainable), mask)
         return "bnext" if reason is None else f"Keras: {reason}"

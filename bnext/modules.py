@@ -69,7 +69,21 @@ def add_by_its_rules(
 
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise a batch, and in training move the running statistics; see the class."""
+        """Normalise a batch, and in training move the running statistics.
+
+        Args:
+            input: float32, float64, bfloat16 or float16, on the device of the parameters, which
+                have its dtype or are float32. The class says of which shape.
+
+        Returns:
+            A new tensor of :attr:`input`'s shape, dtype and memory format.
+
+        Raises:
+            ValueError: :attr:`input` has another number of dimensions, or in training only one
+                value per channel.
+            RuntimeError: shapes, dtypes or devices do not fit together, or there is no kernel for
+                them. No batch is counted then, whatever the error.
+        """
         # The two common calls, in few instructions: on a small tensor calling is the cost.
         if type(input) is Tensor:
             self._check_input_dim(input)
@@ -193,19 +207,29 @@ class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
 
 
 class LazyBatchNorm1d(_BatchNorm, torch.nn.LazyBatchNorm1d):
-    """:class:`torch.nn.LazyBatchNorm1d` that becomes a :class:`bnext.BatchNorm1d`."""
+    """:class:`torch.nn.LazyBatchNorm1d` that becomes a :class:`bnext.BatchNorm1d`.
+
+    Its first input says how many channels there are.
+
+    Example::
+
+        >>> m = bnext.LazyBatchNorm1d()
+        >>> output = m(torch.randn(20, 100))
+        >>> m.num_features
+        100
+    """
 
     cls_to_become = BatchNorm1d
 
 
 class LazyBatchNorm2d(_BatchNorm, torch.nn.LazyBatchNorm2d):
-    """:class:`torch.nn.LazyBatchNorm2d` that becomes a :class:`bnext.BatchNorm2d`."""
+    """As :class:`bnext.LazyBatchNorm1d`; becomes a :class:`bnext.BatchNorm2d`."""
 
     cls_to_become = BatchNorm2d
 
 
 class LazyBatchNorm3d(_BatchNorm, torch.nn.LazyBatchNorm3d):
-    """:class:`torch.nn.LazyBatchNorm3d` that becomes a :class:`bnext.BatchNorm3d`."""
+    """As :class:`bnext.LazyBatchNorm1d`; becomes a :class:`bnext.BatchNorm3d`."""
 
     cls_to_become = BatchNorm3d
 
@@ -244,7 +268,20 @@ class _BatchNormAct(_BatchNorm):
         self.act_param = None if act_param is None else float(act_param)  # a script takes no int
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Normalise a batch, add :attr:`residual` and apply the activation; see the class."""
+        """Normalise a batch, add :attr:`residual` and apply the activation.
+
+        Args:
+            input: as in :meth:`bnext.BatchNorm2d.forward`.
+            residual: what to add before the activation, or ``None``.
+
+        Returns:
+            A new tensor of :attr:`input`'s shape, dtype and memory format, as long as
+            :attr:`residual` has its shape and dtype; else what ``+`` makes of the two.
+
+        Raises:
+            TypeError: :attr:`residual` is no tensor. All else is as in
+                :meth:`bnext.BatchNorm2d.forward`.
+        """
         if is_scripting():
             param = parameter(self.act, self.act_param)
             return self._compose(input, residual, self.act, param)
@@ -296,9 +333,8 @@ class BatchNormAct2d(_BatchNormAct, BatchNorm2d):
         - Output: as the input, in its memory format
 
     Raises:
-        ValueError: :attr:`act` is unknown or takes no :attr:`act_param`. All else is as in
-            :class:`torch.nn.BatchNorm2d`.
-        TypeError: :attr:`act_param` is no number, or the residual no tensor.
+        ValueError: :attr:`act` is unknown or takes no :attr:`act_param`.
+        TypeError: :attr:`act_param` is no number.
 
     .. warning::
         Tools that replace batch norms by type or attributes drop the activation, for example

@@ -52,7 +52,7 @@ def build() -> Path:
         [sys.executable, "-c", MANIFEST], cwd=emulated.ROOT, stdout=subprocess.PIPE, text=True,
         check=True, env={**env, "CXX": CXX, "CXXFLAGS": "-Werror"},
     ).stdout  # fmt: skip
-    objects = {*re.findall(r"^build (\S+\.o):", text, re.M)} - {"bindings.cpp.o"}
+    objects = {*re.findall(r"^build (?!bindings)(\S+\.o):", text, re.M)}
     linked = sorted(name for name in objects if "ops" not in name)  # ops need libtorch
     text += f"build case.o: cxx {emulated.HERE / 'cpu_case.cpp'}\n  flags =\n"
     text += f"rule program\n  command = {CXX} -static $in -o $out\n"

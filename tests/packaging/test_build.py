@@ -85,6 +85,11 @@ def test_no_folder_of_the_building_machine_is_named_inside() -> None:
     assert b"site-packages" not in inside
 
 
+def test_it_runs_beside_the_libgcc_of_gcc_11() -> None:
+    """That of RHEL 9, whose glibc is the oldest that will do."""
+    assert not re.search(r"GCC_1[2-9]", binutils("readelf", "--version-info"))
+
+
 def test_every_symbol_is_bound_when_it_is_loaded() -> None:
     """So the linker makes the table of functions read-only."""
     assert re.search(r"FLAGS.*NOW", binutils("readelf", "--dynamic"))
@@ -189,6 +194,20 @@ def test_what_nvcc_complains_of_is_passed_on(setup, monkeypatch, tmp_path) -> No
     )
 
 
+def test_nvcc_may_be_the_one_of_pypi_beside_torch(setup, monkeypatch, tmp_path) -> None:
+    torch_found = _backend.Torch(tmp_path / "torch", "3.0.0", cuda=False)
+    toolkit = tmp_path / "nvidia" / "cu13"
+    toolkit.mkdir(parents=True)
+    nvcc = script(toolkit / "bin" / "nvcc", "echo compute_80 V13.0.1; echo '#$ LIBRARIES=-La' >&2")
+    monkeypatch.setenv("PATH", NOTHING)
+    monkeypatch.setenv("BNEXT_CUDA", "1")
+    found = setup.find_cuda(torch_found)
+    assert (found.nvcc, found.version) == (str(nvcc), "13.0.1")
+    assert found.library_flags == ("-La", f"-L{toolkit}/lib")
+    monkeypatch.setenv("CUDA_HOME", NOTHING)
+    assert setup.probe_cuda(torch_found).missing == "no nvcc in /nowhere/bin"
+
+
 @pytest.mark.parametrize(
     ("cxx", "options"),
     [
@@ -250,18 +269,39 @@ def test_the_build_finds_the_running_torch() -> None:
     assert found.cuda == (torch.version.cuda is not None)
 
 
+def torch_in(folder: Path, number: str) -> str:
+    """A folder for sys.path with the only file of a torch that the build reads."""
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch" / "version.py").write_text(f"__version__ = '{number}+cpu'\ncuda = None\n")
+    return str(folder)
+
+
 def test_the_build_passes_over_a_torch_that_is_too_old(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folders = []
-    for number in ("2.9.1", "3.0.0"):
-        folder = tmp_path / number / "torch"
-        folder.mkdir(parents=True)
-        (folder / "version.py").write_text(f"__version__ = '{number}+cpu'\ncuda = None\n")
-        folders.append(str(folder.parent))
+    folders = [torch_in(tmp_path / number, number) for number in ("2.9.1", "3.0.0")]
     monkeypatch.setattr(sys, "path", folders)
     found = _backend.find_torch()
     assert found == _backend.Torch(tmp_path / "3.0.0" / "torch", "3.0.0+cpu", cuda=False)
+
+
+@pytest.mark.parametrize("place", ["on PATH", ".venv"])
+def test_the_build_finds_a_torch_that_uv_and_build_hide(tmp_path, monkeypatch, place) -> None:
+    """They run it by an interpreter without torch, in an environment of their own."""
+    environment = tmp_path / ".venv"
+    packages = Path(torch_in(environment / "lib" / "python3.10" / "site-packages", "3.0.0"))
+    empty = str(tmp_path / "empty")
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(_backend.sysconfig, "get_path", lambda *_, **__: empty)
+    monkeypatch.setattr(_backend.site, "getsitepackages", list)
+    monkeypatch.setattr(_backend.site, "getusersitepackages", lambda: empty)
+    monkeypatch.setattr(_backend, "ROOT", tmp_path if place == ".venv" else tmp_path / "empty")
+    monkeypatch.setenv("PATH", f"{environment}/bin" if place == "on PATH" else empty)
+    found = _backend.find_torch()
+    assert found == _backend.Torch(packages / "torch", "3.0.0+cpu", cuda=False)
+    assert _backend._torch_requirement() == []
+    shutil.rmtree(packages)
+    assert _backend._torch_requirement() == ["torch>=2.11"]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +331,13 @@ def make(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize(
     ("target", "extras"),
-    [("build", []), ("demo", ["bench"]), ("test", ["test"]), ("lint", ["lint"])],
+    [
+        ("build", []),
+        ("demo", ["bench"]),
+        ("test", ["test"]),
+        ("lint", ["lint"]),
+        ("wheels", ["release"]),
+    ],
 )
 def test_make_installs_what_the_target_needs(tmp_path, target, extras) -> None:
     (torch_choice,) = make("-s", "torch").stdout.split()

@@ -18,8 +18,8 @@ INCLUDE = re.compile(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', re.M)
 
 TOP_LEVEL = {
     "setup.py", "pyproject.toml", "_backend.py", "README.md", "LICENSE", "CHANGELOG.md",
-    "CONTRIBUTING.md", "MANIFEST.in", "Makefile", ".ci", ".clang-format", ".gitignore",
-    ".pre-commit-config.yaml", "csrc", "bnext", "tests", "benchmarks",
+    "CONTRIBUTING.md", "CITATION.cff", "MANIFEST.in", "Makefile", ".ci", ".clang-format", ".github",
+    ".gitignore", ".pre-commit-config.yaml", "csrc", "bnext", "tests", "benchmarks",
 }  # fmt: skip
 
 
