@@ -28,11 +28,12 @@ __all__ = ["BatchNormalization"]
 class BatchNormalization(keras.layers.BatchNormalization):
     r"""Batch normalisation: a drop-in for ``keras.layers.BatchNormalization``.
 
-    Same constructor, weights, config and results; see there. bnext's op reads the activation once
-    if it fits the cache, and sums :math:`(x - \mathrm{E}[x])^2`. Keras' torch backend composes elementwise operations and
-    takes :math:`\mathrm{E}[x^2] - \mathrm{E}[x]^2`, where a large mean drowns the variance. As in
-    Keras, :attr:`momentum` is the weight of the old moving statistics, and the moving variance is
-    the biased one. (A float64 input is computed in float64; Keras casts it to float32.)
+    Same constructor, weights, config and results; see there. bnext's op reads the activation
+    once if it fits the cache, and sums :math:`(x - \mathrm{E}[x])^2`. Keras' torch backend
+    composes elementwise operations and takes :math:`\mathrm{E}[x^2] - \mathrm{E}[x]^2`, where a
+    large mean drowns the variance. As in Keras, :attr:`momentum` is the weight of the old
+    moving statistics, and the moving variance is the biased one. (A float64 input is computed
+    in float64; Keras casts it to float32.)
 
     Keras' own code runs what bnext does not compute: a call with a :attr:`mask`, ``renorm``,
     training on a single value per feature, and inputs without kernels (such as complex numbers).
