@@ -1,6 +1,7 @@
 """Builds the emulator, with kernels compiled by the host compiler, and loads it."""
 
 import ctypes
+import fcntl
 import os
 import re
 import shlex
@@ -62,17 +63,19 @@ def build(name: str, variant: str, sources: list[Path], kernels: list[Path],
                 compile_file(source, suffix, [*KERNELS, *instrumented, *flag.split()])
     lines.append(f"build {name}.so: link {' '.join(objects)}")
     file = folder / f"{name}.ninja"
-    text = "\n".join(lines) + "\n"
-    if not file.exists() or file.read_text() != text:
-        file.write_text(text)
-    run_ninja(file, f"{name}.so")
+    run_ninja(file, "\n".join(lines) + "\n", f"{name}.so")
     return folder / f"{name}.so"
 
 
-def run_ninja(file: Path, *targets: str) -> None:
+def run_ninja(file: Path, text: str, *targets: str) -> None:
+    """Builds by a manifest that says `text`; processes that do so side by side take turns."""
     command = [Path(ninja.BIN_DIR) / "ninja", "-C", file.parent, "-f", file.name, *targets]
     env = {k: v for k, v in os.environ.items() if k != "LD_PRELOAD"}  # see sanitize.sh
-    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    with (file.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not file.exists() or file.read_text() != text:
+            file.write_text(text)
+        result = subprocess.run(command, capture_output=True, text=True, env=env)
     assert result.returncode == 0, f"{shlex.join(map(str, command))}\n{result.stdout[-8000:]}"
 
 

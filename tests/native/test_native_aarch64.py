@@ -57,9 +57,7 @@ def build() -> Path:
     text += f"build case.o: cxx {emulated.HERE / 'cpu_case.cpp'}\n  flags =\n"
     text += f"rule program\n  command = {CXX} -static $in -o $out\n"
     text += f"build case: program case.o {' '.join(linked)}\n"
-    file = folder / "build.ninja"
-    file.write_text(text)
-    emulated.run_ninja(file, *objects, "case")
+    emulated.run_ninja(folder / "build.ninja", text, *objects, "case")
     return folder
 
 
