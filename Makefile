@@ -69,8 +69,10 @@ demo: build $(VENV)/with-bench
 	python -m benchmarks demo
 	python -m benchmarks train
 
+# Files of tests run side by side; threads must not spin while they wait for a core.
+SIDE_BY_SIDE = -n auto --maxprocesses 8 --dist loadfile
 test: build $(VENV)/with-test
-	python -m pytest $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=PASSIVE python -m pytest $(or $(PYTEST_ARGS),$(SIDE_BY_SIDE))
 
 bench-quick: build $(VENV)/with-bench
 	python -m benchmarks --quick
