@@ -200,6 +200,12 @@ __device__ inline void reduce_backward(const BackwardCall& call, const Items& it
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         C x[V], dy[V];
+        if constexpr (Items::kRagged) {
+          const unsigned own = items.elements(k + j + i);
+          x_item[i].keep(own);
+          // A mask has no bits of others.
+          if constexpr (kGate != Gate::kMask) dy_item[i].keep(own);
+        }
         x_item[i].unpack(x);
         gate.pass(x_item[i], x, more[i], dy_item[i], dy);
         if constexpr (Source::kShared && gate.kIsExact)
@@ -207,7 +213,8 @@ __device__ inline void reduce_backward(const BackwardCall& call, const Items& it
         if constexpr (kFrozen) out.store(frozen_grad, items, k + j + i, at[i], x, dy, dy_item[i]);
 #pragma unroll
         for (int v = 0; v < V; ++v) {
-          if (!items.has(k + j + i, v)) x[v] = gate.mean(v), dy[v] = 0;
+          // f' of what is added there may be NaN.
+          if (kGate == Gate::kAny && !items.has(k + j + i, v)) dy[v] = 0;
           const C xmu = x[v] - gate.mean(v);
           a[v] = j + i == 0 ? dy[v] : a[v] + dy[v];
           b[v] = j + i == 0 ? dy[v] * xmu : fma(dy[v], xmu, b[v]);

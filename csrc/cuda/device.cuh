@@ -110,6 +110,11 @@ __device__ inline float quick_reciprocal(float x) {
   return y;
 }
 
+// By any number of places.
+__device__ inline unsigned shift_right(unsigned x, unsigned places) {
+  asm("shr.b32 %0, %0, %1;" : "+r"(x) : "r"(places));
+  return x;
+}
 __device__ inline unsigned multiply_high(unsigned a, unsigned b) {
   return __umulhi(a, b);
 }

@@ -92,15 +92,17 @@ struct alignas(sizeof(T) * V) Item {
     }
     return kPairs ? (bits | bits >> 16) : bits;
   }
-  // Elements whose bits are not set become zero.
-  __device__ void keep(unsigned bits) {
+  // Elements whose bits are not set become zero, or another item's.
+  __device__ void keep(unsigned bits, const Item& other = {}) {
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
-      if constexpr (kPairs)
+      if constexpr (kPairs) {
         // The signs of a product's four bytes are four of the bits.
-        units[i] &= halves_of_signs((bits >> i / 2 * 4 & 15) * 0x10204080u, i % 2 * 2);
-      else
-        units[i] = bits >> i & 1 ? units[i] : from_compute<T>(C(0));
+        const unsigned kept = halves_of_signs((bits >> i / 2 * 4 & 15) * 0x10204080u, i % 2 * 2);
+        units[i] = (units[i] & kept) | (other.units[i] & ~kept);
+      } else {
+        units[i] = bits >> i & 1 ? units[i] : other.units[i];
+      }
     }
   }
 };

@@ -96,6 +96,8 @@ __device__ inline void find_pilots(const ForwardCall& call, const Items& items, 
     C sum = items.total() > 0 ? to_compute(x[items.value_at(group, i, lane)]) : C(0);
     sum *= C(1. / kPlaces);
     for (int d = kWarpThreads / 2; d > 0; d /= 2) sum += shuffle_xor(sum, d);
+    // It stands in an item for the elements of other rows.
+    if constexpr (Items::kRagged) sum = to_compute(from_compute<T>(sum));
     const int64_t c = group * call.plan.group + i;
     if (lane == 0)
       quads[i] = {sum - sum == 0 ? sum : C(0), static_cast<C>(read(call.args.weight, c, 1)),
@@ -112,9 +114,10 @@ __device__ inline void reduce_forward(const ForwardCall& call, const Items& item
                                       const Source& source, const Sum& sum) {
   using C = compute_t<T>;
   constexpr int kBins = Items::kBins;
-  C pilot[kBins];
+  C pilot[V];
 #pragma unroll
-  for (int v = 0; v < kBins; ++v) pilot[v] = shared.quads<C>()[items.channel(v)].x;
+  for (int v = 0; v < V; ++v) pilot[v] = shared.quads<C>()[items.channel(v % kBins)].x;
+  const Item<T, V> pilots = Item<T, V>::pack(pilot);
   Sums<C, kBins> sums;
   sum(sums, [&](int k, auto count) {
     Item<T, V> item[count];
@@ -124,10 +127,11 @@ __device__ inline void reduce_forward(const ForwardCall& call, const Items& item
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       C x[V];
+      if constexpr (Items::kRagged) item[i].keep(items.elements(k + i), pilots);
       item[i].unpack(x);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
-        const C d = items.has(k + i, v) ? x[v] - pilot[v % kBins] : C(0);
+        const C d = x[v] - pilot[v];
         a[v] = i == 0 ? d : a[v] + d;
         b[v] = i == 0 ? d * d : fma(d, d, b[v]);
       }
@@ -215,6 +219,7 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
       if constexpr (kResidual && kAct != Fused::kNone)
         if (args.mask) {
           if constexpr (kAct == Fused::kRelu) bits = y.nonzero();
+          if constexpr (Items::kRagged) bits &= items.elements(k + i);
           bits = join_mask_bits<V>(valid ? bits : 0);
           if (valid && items.writes_mask()) mask[items.mask(k + i)] = static_cast<uint8_t>(bits);
         }

@@ -32,23 +32,22 @@ inline std::string to_string(Team team) {
                                   : "stream";
 }
 
+// How the items of a row of memory end.
+enum class Ends : uint8_t {
+  kWhole,
+  kRagged,  // with elements of other rows, up to an aligned access or a whole byte of the mask
+};
+
+inline std::string to_string(Ends ends) {
+  return ends == Ends::kWhole ? "whole" : "ragged";
+}
+
 // Memory is cut into accesses of `vector` adjacent elements ("items"), and they are a matrix.
 //   rows:    a column is a channel, a row one of its items, sample after sample, of row_items each.
 //   columns: a column is an item of `vector` adjacent bins, a row everything between two pixels
 //            (channels_last, a bin is a channel) or two samples (short rows: a bin is one pixel of
 //            a channel), of row_items items.
-// How the items of a row of memory end.
-enum class Ends : uint8_t {
-  kWhole,
-  kPadded,  // with items that do not exist, up to a whole byte of the mask
-  kRagged,  // with elements of the rows before and after: rows of odd length, by aligned accesses
-};
-
-inline std::string to_string(Ends ends) {
-  constexpr const char* names[] = {"whole", "padded", "ragged"};
-  return names[static_cast<int>(ends)];
-}
-
+//
 // A group is `group` adjacent channels. Of a block's warps every warp_sets-th has the same columns,
 // 32 / warp_rows adjacent ones (rows: one), and in a step takes warp_rows rows of them. A block of
 // a team owns rows_per_block adjacent rows of the group, the last one fewer.

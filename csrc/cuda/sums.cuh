@@ -53,9 +53,7 @@ __device__ inline void sum_items(const Items& items, int first, int last, Sums& 
   }
 #pragma unroll 1
   for (; k < last; ++k) {
-    if (!items.valid(k)) continue;
-    add(k, Count<1>{});
-    if (Items::kAllChecked) sums.flush();
+    if (items.valid(k)) add(k, Count<1>{});
   }
   sums.flush();
 }

@@ -178,6 +178,9 @@ inline float quick_reciprocal(float x) {
   return 1 / x;
 }
 
+inline unsigned shift_right(unsigned x, unsigned places) {
+  return places < 32 ? x >> places : 0;
+}
 inline unsigned multiply_high(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
 }

@@ -30,6 +30,8 @@ LAYOUTS = {
 }
 # Accesses of several elements all the same: rows of odd length, and of few channels.
 RAGGED, INTERLEAVED = ((3, 8, 9, 9), NCHW), ((8, 3, 6, 4), NHWC)
+# Rows that begin at each place of a mask's byte, and at two; the rest of a row is 3 or 4 elements.
+MASKED = {"odd": (3, 8, 11, 17), "even": (3, 6, 14, 14), "short": (9, 16, 5, 7)}
 SHORT_ROWS = {8: (9, 24, 7, 7), 4: (9, 20, 7, 7), 1: (9, 5, 7, 3)}
 WIDEST = {torch.float32: 4, torch.float64: 1, torch.bfloat16: 8, torch.float16: 8}
 TEAMS = {"block": BLOCK, "cluster": CLUSTER, "grid": GRID, "stream": None}
@@ -79,8 +81,22 @@ def test_odd_rows_by_wide_accesses(act, layout, dtypes, team) -> None:
     plan = check_training(make(*layout, dtypes), setting)
     assert plan.vector == WIDEST[dtypes[0]]
     assert plan.interleaved == (layout == INTERLEAVED)
-    assert (plan.ends == 2) == (layout == RAGGED)
+    assert (plan.ends == 1) == (layout == RAGGED)
     check_training(make(*layout, dtypes, residual=True), setting)
+
+
+@pytest.mark.parametrize("team", TEAMS)
+@pytest.mark.parametrize("dtypes", [DTYPES[i] for i in (0, 2, 4)], ids=dtype_id)
+@pytest.mark.parametrize("shape", MASKED)
+@pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu"])
+def test_masks_of_rows_that_are_no_whole_bytes(act, shape, dtypes, team) -> None:
+    setting = Setting(act, STREAMING if team == "stream" else RESIDENT, TEAMS[team], SMALL)
+    case = make(MASKED[shape], NCHW, dtypes, residual=True)
+    plan = check_training(case, setting)
+    assert (plan.vector, plan.map, plan.ends) == (WIDEST[dtypes[0]], ROWS, 1)
+    # Aligned less, by accesses of fewer elements: the mask is the same.
+    plan = check_training(case, setting, alignment=case.x.element_size())
+    assert (plan.vector, plan.map, plan.ends) == (1, ROWS, 1)
 
 
 @pytest.mark.parametrize("act", [act for act in ACTIVATIONS if act not in (None, "relu")])

@@ -44,8 +44,10 @@ LIMITS = {
     r"resident_forward_kernel<\w+, 8, [01], 0, 2, false> silu": 16,
     r"resident_backward_kernel<\w+, 4, [01], 0, 3> silu": 52,
     # Rows of odd length.
-    r"resident_forward_kernel<\w+, 8, 0, 2, [01], false>": 23,
-    r"resident_backward_kernel<\w+, 8, 0, 2, [01]>": 29,
+    r"resident_forward_kernel<\w+, 8, 0, 1, [01], false>": 20,
+    r"resident_forward_kernel<\w+, 8, 0, 1, 1, true>": 25,
+    r"resident_backward_kernel<\w+, 8, 0, 1, [01]>": 25,
+    r"resident_backward_kernel<\w+, 8, 0, 1, 2>": 30,
 }
 MAX_FP64 = 0.25
 
