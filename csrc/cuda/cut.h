@@ -95,6 +95,10 @@ int64_t row_group(const Problem& p, const CudaInfo& cuda, int vector) {
   return group;
 }
 
+int64_t shared_bytes_of_channel(const Problem& p) {
+  return kPartialBytes + kRecordBytes + kResultBytes + (is_backward(p.stage) ? kPreparedBytes : 0);
+}
+
 // What a row of memory is cut into: items, with a mask bytes of it.
 int64_t row_unit(const Problem& p, int vector) {
   return p.has_mask ? kMaskBits : vector;
@@ -111,9 +115,12 @@ Layout choose_layout(const Problem& p, const CudaInfo& cuda) {
   for (const int v : fit) {
     if (p.channels_last) {
       if (p.c % v == 0) return {IndexMap::kColumns, v, 1, column_groups(p, 1, v)};
-      // Three channels: every eight pixels begin at an aligned address again.
+      // Three channels: every eight pixels begin at an aligned address again. One group has all
+      // channels, and at most as many items.
       const int64_t pixels = v / std::gcd<int64_t>(p.c, v);
-      if (!p.has_mask && p.c % 4 != 0 && p.count() % pixels == 0 && p.c * pixels <= kMaxGroupBins)
+      const int64_t shared = kMaxCudaThreads / 2 * v * kSumBytes + p.c * shared_bytes_of_channel(p);
+      if (!p.has_mask && p.c % 4 != 0 && p.count() % pixels == 0 && p.c <= kMaxGroup &&
+          shared <= cuda.shared_bytes_per_block)
         return {IndexMap::kColumns, v, pixels, {p.c}, true};
       continue;
     }
@@ -155,9 +162,8 @@ void set_threads(CudaPlan& plan, const Problem& p, int threads) {
   plan.slab_bytes =
       operands(p.stage) * plan.items_per_thread * threads * plan.vector * element_size(p.dtype);
   plan.slab_bytes = round_up(plan.slab_bytes, 32);
-  const int64_t channel =
-      kPartialBytes + kRecordBytes + kResultBytes + (is_backward(p.stage) ? kPreparedBytes : 0);
-  plan.shared_bytes = plan.slab_bytes + plan.scratch_bytes() + plan.group * channel;
+  plan.shared_bytes =
+      plan.slab_bytes + plan.scratch_bytes() + plan.group * shared_bytes_of_channel(p);
 }
 
 // Down to three quarters of the threads, where that leaves fewer slots of the slab empty.

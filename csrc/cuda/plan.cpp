@@ -95,10 +95,10 @@ Found resident_in_clusters(const Problem& p, const Layout& layout, const CudaInf
 // Teams of as many blocks as share out all SMs, one block each: a cooperative launch fails rather
 // than let some of its blocks wait. `least_bytes`: of a block.
 Found resident_in_grid(const Problem& p, const Layout& layout, const CudaInfo& cuda, int64_t sms,
-                       int64_t least_bytes) {
+                       int64_t least_bytes, int threads) {
   for (const int64_t group : layout.groups) {
     const auto plan_for = [&](int64_t blocks) {
-      return cut(p, layout, group, blocks, kMaxCudaThreads, true);
+      return cut(p, layout, group, blocks, threads, true);
     };
     const auto fits = [&](int64_t blocks) {
       return plan_for(blocks).shared_bytes <= cuda.shared_bytes_per_block;
@@ -129,14 +129,20 @@ Found resident(const Problem& p, const Layout& layout, const CudaInfo& cuda,
   const int64_t sms = std::max<int64_t>(1, cuda.sms - choice.spare_sms);  // of a grid
   if (team == Team::kBlock) return resident_in_clusters(p, layout, cuda, 1, 1);
   if (team == Team::kCluster) return resident_in_clusters(p, layout, cuda, 2, most);
-  if (team == Team::kGrid) return resident_in_grid(p, layout, cuda, sms, 1);
+  const auto grid_of = [&](int64_t least_bytes) {
+    const Found grid = resident_in_grid(p, layout, cuda, sms, least_bytes, kMaxCudaThreads);
+    if (grid || !layout.interleaved) return grid;
+    // Its sums take up to 128 bytes of each thread.
+    return resident_in_grid(p, layout, cuda, sms, least_bytes, kMaxCudaThreads / 2);
+  };
+  if (team == Team::kGrid) return grid_of(1);
   const Found clusters = resident_in_clusters(p, layout, cuda, 1, most);
   if (clusters) {
     const int64_t block_bytes = channel_bytes(p) * clusters->group / clusters->team_blocks;
     const bool busy = balance(clusters->groups * clusters->team_blocks, cuda.sms) >= kPoorBalance;
     if (busy || block_bytes < kGridMinBlockBytes) return clusters;
   }
-  const Found grid = resident_in_grid(p, layout, cuda, sms, kMinBlockBytes);
+  const Found grid = grid_of(kMinBlockBytes);
   return grid ? grid : clusters;
 }
 

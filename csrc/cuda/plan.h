@@ -32,6 +32,8 @@ inline std::string to_string(Team team) {
                                   : "stream";
 }
 
+inline constexpr int64_t kSumBytes = 16;  // of a bin: two doubles
+
 // How the items of a row of memory end.
 enum class Ends : uint8_t {
   kWhole,
@@ -78,9 +80,9 @@ struct CudaPlan {
   int64_t bytes_moved, bytes_floor;
 
   constexpr int64_t group_bins() const { return group * bins_per_channel; }
-  // Of a warp's sums, before the warps of a block join theirs: two doubles of each bin.
+  // Of a warp's sums, before the warps of a block join theirs.
   constexpr int64_t scratch_bytes() const {
-    return threads / warp_rows * (map == IndexMap::kRows ? 1 : vector) * int64_t{16};
+    return threads / warp_rows * (map == IndexMap::kRows ? 1 : vector) * kSumBytes;
   }
 
   // visit(name, pointer to member) for every field: for text, bindings and tests.

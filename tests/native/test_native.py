@@ -30,6 +30,7 @@ LAYOUTS = {
 }
 # Accesses of several elements all the same: rows of odd length, and of few channels.
 RAGGED, INTERLEAVED = ((3, 8, 9, 9), NCHW), ((8, 3, 6, 4), NHWC)
+WIDE = ((2, 67, 5, 4), NHWC)  # more than 512 values a row
 # Rows that begin at each place of a mask's byte, and at two; the rest of a row is 3 or 4 elements.
 MASKED = {"odd": (3, 8, 11, 17), "even": (3, 6, 14, 14), "short": (9, 16, 5, 7)}
 SHORT_ROWS = {8: (9, 24, 7, 7), 4: (9, 20, 7, 7), 1: (9, 5, 7, 3)}
@@ -74,13 +75,13 @@ def test_short_rows_are_columns(v, team) -> None:
 
 @pytest.mark.parametrize("team", TEAMS)
 @pytest.mark.parametrize("dtypes", [DTYPES[i] for i in (0, 2, 4)], ids=dtype_id)
-@pytest.mark.parametrize("layout", [RAGGED, INTERLEAVED], ids=shape_id)
+@pytest.mark.parametrize("layout", [RAGGED, INTERLEAVED, WIDE], ids=shape_id)
 @pytest.mark.parametrize("act", [None, "relu", "leaky_relu", "silu"])
 def test_odd_rows_by_wide_accesses(act, layout, dtypes, team) -> None:
     setting = Setting(act, STREAMING if team == "stream" else RESIDENT, TEAMS[team], SMALL)
     plan = check_training(make(*layout, dtypes), setting)
     assert plan.vector == WIDEST[dtypes[0]]
-    assert plan.interleaved == (layout == INTERLEAVED)
+    assert plan.interleaved == (layout != RAGGED)
     assert (plan.ends == 1) == (layout == RAGGED)
     check_training(make(*layout, dtypes, residual=True), setting)
 

@@ -74,7 +74,7 @@ def check(problem, gpu, p, needs=(True, True), alignment=16) -> None:
 
     # Groups of channels, and rows of them.
     bins = p.group * p.bins_per_channel
-    assert 1 <= bins <= 512 and p.groups == ceil(c, p.group)
+    assert 1 <= bins <= (8 * 256 if p.interleaved else 512) and p.groups == ceil(c, p.group)
     masked = residual and act == "relu"
     if p.index_map == "rows":
         assert not channels_last and p.bins_per_channel == 1

@@ -25,8 +25,10 @@ from native.test_plan_cuda import plan
         (64, 1, False, "bfloat16", 16, "columns", 8),
         (60, 49, True, "bfloat16", 16, "columns", 4),
         (3, 224 * 224, True, "bfloat16", 16, "columns", 8),
-        (67, 49, True, "bfloat16", 16, "columns", 4),
-        (131, 49, True, "bfloat16", 16, "columns", 1),
+        (67, 49, True, "bfloat16", 16, "columns", 8),
+        (255, 49, True, "bfloat16", 16, "columns", 8),
+        (255, 49, True, "float32", 16, "columns", 4),
+        (257, 49, True, "bfloat16", 16, "columns", 1),
         (64, 49, True, "bfloat16", 2, "columns", 1),
     ],
 )  # fmt: skip
