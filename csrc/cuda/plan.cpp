@@ -32,7 +32,8 @@ constexpr int64_t kGridMinBlockBytes = 64 * 1024;
 // 1 us. Only for groups wider than the narrowest; the narrowest may exceed it.
 constexpr int64_t kMaxExchangeBytes = 32 * 1024;
 
-// Streaming: two blocks of half the threads an SM, with a tail of less than this share of them.
+// Streaming: two blocks of half the threads an SM, or one of all, with a tail of less than this
+// share of them.
 constexpr int64_t kStreamBlocksPerSm = 2;
 constexpr double kStreamBalance = 0.85;
 // The L2 has two halves, and a line that both sides read may be in both: we count on half of it.
@@ -169,7 +170,10 @@ CudaPlan streaming(const Problem& p, const Layout& layout, const CudaInfo& cuda)
     const int64_t ranges = ceil_div(groups, most), launched = ceil_div(groups, ranges);
     const int64_t splits =
         choose_splits(launched, slots, std::max<int64_t>(1, bytes / kMinBlockBytes));
-    CudaPlan plan = cut(p, layout, group, splits, kMaxCudaThreads / 2, false);
+    const int half = kMaxCudaThreads / 2;
+    CudaPlan plan = cut(p, layout, group, splits, slots > cuda.sms ? half : kMaxCudaThreads, false);
+    if (plan.shared_bytes > cuda.shared_bytes_per_block)
+      plan = cut(p, layout, group, splits, half, false);
     plan.team_blocks = ceil_div(plan.rows, plan.rows_per_block);  // none without rows
     plan.groups_per_launch = plan.teams = launched;
     // Without a second read there are two: the sums, then the gradients of the parameters.

@@ -290,6 +290,14 @@ def test_streaming_goes_by_what_the_l2_keeps(gpu) -> None:
         assert half < 128 * KIB * GPUS[gpu].sms, "only where more launches cost more than they save"
 
 
+def test_one_streaming_block_an_sm_has_all_threads() -> None:
+    """Groups whose exchange is too much for two."""
+    for c, threads in ((512, 512), (67, 480), (255, 512)):
+        p = plan(256, c, 56 * 56, channels_last=True)
+        assert (p.family, p.vector, p.threads) == ("streaming", 8, threads)
+        assert p.teams * p.team_blocks <= 132
+
+
 def test_what_is_asked_for_decides_the_passes() -> None:
     shape = (32, 64, 56 * 56)
     frozen = plan(*shape, "eval_backward")
