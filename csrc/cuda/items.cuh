@@ -62,6 +62,10 @@ class Items {
   static constexpr int kElements = V;
   static constexpr bool kRows = kMap == IndexMap::kRows;
   static constexpr int kBins = kRows ? 1 : V;  // whose sums a thread keeps
+  // Coefficients that it keeps: of each bin, or of the only one twice, for pairs of elements. They
+  // are loaded as volatile, number by number: what one load brings lies in adjacent registers, and
+  // hot loops would put the pairs together.
+  static constexpr int kLanes = kBins == 1 && V > 1 ? 2 : kBins;
   static_assert(kEnds == Ends::kWhole || kRows, "columns end with whole items");
 
   __device__ Items(const Problem& problem, const CudaPlan& plan, int64_t group, int64_t rank)
