@@ -85,3 +85,9 @@ def test_the_backward_that_activations_share_takes_four_elements() -> None:
                      residual=residual)  # fmt: skip
             assert p.vector == vector, (act, residual)
             assert plan(32, 64, 56 * 56, channels_last=last, act=act).vector == 8
+
+
+def test_a_mask_of_rows_that_are_too_long() -> None:
+    assert plan(1, 1, 1 << 32, act="relu", residual=True).ends == "whole"
+    with pytest.raises(ValueError, match=r"2\^31 elements"):
+        plan(1, 1, (1 << 31) + 1, act="relu", residual=True)
