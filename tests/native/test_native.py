@@ -15,7 +15,7 @@ from bnext._activation import ACTIVATIONS
 from cases import DTYPES, dtype_id, make, shape_id
 from native import calls
 from native.calls import BLOCK, CLUSTER, COLUMNS, GRID, RESIDENT, ROWS, SMALL, STREAMING
-from native.checks import Setting, both, check_training
+from native.checks import Setting, both, check_training, problem
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 # (elements of an access, how memory is cut) -> shapes of 2-byte and of 4-byte elements: several
@@ -84,6 +84,33 @@ def test_odd_rows_by_wide_accesses(act, layout, dtypes, team) -> None:
     assert plan.interleaved == (layout != RAGGED)
     assert (plan.ends == 1) == (layout == RAGGED)
     check_training(make(*layout, dtypes, residual=True), setting)
+
+
+@pytest.mark.parametrize("act", [None, "relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("family", [RESIDENT, STREAMING])
+def test_a_channel_of_nan_changes_no_other(act, residual, family) -> None:
+    case = make(*RAGGED, DTYPES[2], residual=residual)
+    setting, e = Setting(act, family), both().plain
+    affine = {"weight": case.weight, "bias": case.bias, "act_param": 0.25}
+
+    def results() -> list[torch.Tensor]:
+        p = problem(case, setting, "train_forward")
+        y = calls.forward(e, setting.plan(e, p), p, case.x, residual=case.residual, **affine)
+        p = problem(case, setting, "train_backward")
+        by = calls.backward(
+            e, setting.plan(e, p), p, case.grad_out, case.x, mask=y.mask, save_stats=y.save_stats,
+            residual=case.residual if p.residual else None, **affine,
+        )  # fmt: skip
+        found = (y.output, by.input, by.residual)
+        of_others = [t[:, [0, *range(2, 8)]] for t in found if t is not None]
+        return [*of_others, *(t[[0, *range(2, 8)]] for t in (by.weight, by.bias))]
+
+    expected = results()
+    for t in (case.x, case.grad_out, case.residual):
+        if t is not None:
+            t[:, 1] = torch.nan
+    torch.testing.assert_close(results(), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("team", TEAMS)
