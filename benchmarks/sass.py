@@ -218,8 +218,9 @@ def _hot_loops(
         copies = _count(body, {"LDGSTS"})
         shared, loaded = _accesses(body, "LDS", bits), _accesses(body, "LDG", bits)
         items = loaded / loads_of_item if loaded >= loads_of_item else shared / operands
-        floats = _count(body, {letter + name for name in ("ADD", "FMA", "ADD2", "FMA2")})
-        computes = floats + _count(body, {f"{letter}MUL", f"{letter}MUL2"})
+        floats = _count(body, {f"{letter}ADD", f"{letter}FMA"})
+        floats += 2 * _count(body, {f"{letter}ADD2", f"{letter}FMA2"})
+        computes = floats + _count(body, {f"{letter}MUL"}) + 2 * _count(body, {f"{letter}MUL2"})
         if copies:
             kind, items = "copy", copies / operands
         elif _accesses(body, "STG", bits) and computes >= vector * items > 0:

@@ -107,16 +107,13 @@ def check_input(input: Tensor) -> Input:
 
 
 def mask_shape(x: Input, channels_last: bool) -> tuple[Any, Any]:
-    """The shape of one bit per element, with rows of memory padded to whole bytes."""
+    """The shape of one bit per element, in whole bytes for each row (see csrc/problem.h)."""
     sizes = x.tensor.shape
     n, c, hw = sizes[0], x.channels, math.prod(sizes[2:])
-    if _known(c == 1):
-        rows, width = 1, n * hw
-    elif channels_last or _known(hw == 1):
-        rows, width = n * hw, c
-    else:
-        rows, width = n * c, hw
-    return rows, (width + 7) // 8
+    if _known(c != 1) and (channels_last or _known(hw == 1)):
+        return n * hw, (c + 7) // 8
+    rows, width = (1, n * hw) if _known(c == 1) else (n * c, hw)
+    return rows, (width + 7) // 8 + (width % 8 + 6) // 8
 
 
 def check_device(name: str, tensor: Tensor, x: Input) -> None:

@@ -41,6 +41,10 @@ _INSTRUCTIONS = {
 # More of them: of the activation's kind, forward and backward, and outside of the hot loops.
 _ACTIVATION = {"nothing": (0.0, 0.0), "sign": (0.0, 2.0), "sum": (5.0, 16.0)}
 OUTSIDE = 3.0
+_RAGGED = 9.0  # of rows whose ends are masked
+# What is left of them, without the activation's, where an instruction takes two floats:
+# compute capability 10.x.
+_PAIRED = 0.76
 # Of a launch, a cluster's exchange, a grid's and a block's: seconds a turn (estimates).
 _LAUNCH, _EXCHANGE = 2.5e-6, {"block": 1e-6, "cluster": 2e-6, "grid": 5e-6, "stream": 1e-6}
 
@@ -52,9 +56,14 @@ class Prediction(NamedTuple):
     copy_share: float  # a copy's time for the bytes that no kernel could do without, of it
 
 
-def instructions(stage: str, needs: str, access_bytes: int) -> float:
+def instructions(
+    stage: str, needs: str, access_bytes: int, ends: str = "whole", capability: int = 90
+) -> float:
     """Of an element, with the activation's and those outside of the hot loops."""
-    wide = _INSTRUCTIONS[stage] + _ACTIVATION[needs]["backward" in stage] + OUTSIDE
+    share = _PAIRED if capability // 10 == 10 else 1.0
+    wide = share * _INSTRUCTIONS[stage] + _ACTIVATION[needs]["backward" in stage] + OUTSIDE
+    if ends == "ragged":
+        wide += _RAGGED
     # An access costs about as much whatever it holds.
     return wide * (0.5 + 0.5 * 16 / access_bytes)
 
@@ -75,7 +84,8 @@ def predict(
     if speed is None:
         return None
     copy_rate = speed.bytes_per_s * _COPY_SHARE
-    issued = elements * instructions(stage, needs, plan.vector * element_bytes)
+    access_bytes = plan.vector * element_bytes
+    issued = elements * instructions(stage, needs, access_bytes, plan.ends, device.capability)
     issue_rate = device.sms * 4 * 32 * speed.clock_hz * _ISSUE_SHARE
     turns = -(-plan.groups // plan.teams) if plan.family == "resident" else plan.launches
     # Blocks that run side by side hide each other's exchanges.

@@ -91,9 +91,12 @@ struct Problem {
   constexpr int64_t numel() const { return n * c * hw; }
   constexpr int64_t count() const { return n * hw; }  // values per channel
   constexpr int64_t bytes() const { return numel() * element_size(dtype); }
-  // The 1-bit mask: rows of memory, each padded to whole bytes.
+  // The 1-bit mask: rows of memory in whole bytes, those of [n, c, hw] of as many as they touch if
+  // bits lie in bytes as elements in aligned items. How they lie is the backend's.
   constexpr int64_t mask_rows() const { return channels_last ? n * hw : n * c; }
-  constexpr int64_t mask_row_bytes() const { return ((channels_last ? c : hw) + 7) / 8; }
+  constexpr int64_t mask_row_bytes() const {
+    return channels_last ? ceil_div(c, 8) : ceil_div(hw, 8) + (hw % 8 + 6) / 8;
+  }
   // Whether elements are written, and not only sums.
   constexpr bool applies() const { return need_input || need_residual; }
 

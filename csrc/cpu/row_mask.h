@@ -1,5 +1,5 @@
-// The mask between its rows as the op has them, each padded to bytes, and the plan's longer rows of
-// columns, which kernels read and write without gaps. Includes no torch.
+// The mask between its rows as the op has them, each padded to bytes, one after the other, and the
+// plan's longer rows of columns, which kernels read and write without gaps. Includes no torch.
 #pragma once
 
 #include <algorithm>
@@ -18,6 +18,7 @@ class RowMask {
         per_row_(plan.map == IndexMap::kColumns ? plan.row_stride / bits_ : 1),
         all_(problem.mask_rows()),
         row_bytes_((plan.row_stride + 7) / 8),
+        unused_(mask ? problem.mask_rows() * (problem.mask_row_bytes() - ceil_div(bits_, 8)) : 0),
         mask_(const_cast<uint8_t*>(mask)),
         differs_(mask && per_row_ > 1 && bits_ % 8 != 0),
         rows_(1, differs_ ? ceil_div(all_, per_row_) * row_bytes_ + 8 : 0) {
@@ -44,6 +45,7 @@ class RowMask {
   }
   template <class Parallel>
   void store(const Parallel& parallel) {
+    if (unused_ > 0) std::fill_n(mask_ + all_ * ceil_div(bits_, 8), unused_, uint8_t{0});
     for_each_row(parallel, [&](uint8_t* to, const uint8_t* from, int64_t count) {
       for (int64_t i = 0; i < count; ++i)
         for (int64_t bit = 0; bit < bits_; bit += 8) {
@@ -69,8 +71,8 @@ class RowMask {
              });
   }
 
-  const int64_t bits_, per_row_, all_,
-      row_bytes_;  // per_row_: of the op's rows in one of the plan's
+  // per_row_: of the op's rows in one of the plan's; unused_: bytes after the last row
+  const int64_t bits_, per_row_, all_, row_bytes_, unused_;
   uint8_t* const mask_;
   const bool differs_;
   Arrays<uint8_t> rows_;

@@ -114,25 +114,33 @@ __device__ inline void write_param_grads(const BackwardCall& call, const SharedL
 // The coefficients of dx for the bins of a thread.
 template <class C, bool kFrozen, class Items>
 struct InputGradOf {
-  static constexpr int kBins = Items::kBins;
-  Quad<C> grad[kBins];
-  C unit[kBins], mean_units[kBins];
+  C a[Items::kLanes], b[Items::kLanes], c[Items::kLanes];
+  C unit[Items::kLanes], minus_mean_units[Items::kLanes];
 
   __device__ InputGradOf(const Items& items, const SharedLayout& shared) {
 #pragma unroll
-    for (int v = 0; v < kBins; ++v) {
-      const Prepared<C>& p = static_cast<const Prepared<C>*>(shared.prepared)[items.channel(v)];
-      grad[v] = shared.quads<C>()[items.channel(v)];
-      unit[v] = p.unit;
-      mean_units[v] = p.mean_units;
+    for (int v = 0; v < Items::kLanes; ++v) {
+      const int channel = items.channel(v % Items::kBins);
+      const volatile Prepared<C>& p = static_cast<const Prepared<C>*>(shared.prepared)[channel];
+      const volatile Quad<C>& q = shared.quads<C>()[channel];
+      a[v] = q.x;
+      if constexpr (kFrozen) continue;
+      b[v] = q.y, c[v] = q.z;
+      unit[v] = p.unit, minus_mean_units[v] = -p.mean_units;
     }
   }
   // With frozen statistics dx does not depend on x, not even where x is inf or nan.
-  __device__ C operator()(int v, C x, C dy) const {
-    const Quad<C>& g = grad[v % kBins];
-    if constexpr (kFrozen) return g.x * dy;
-    const C units = fma(x, unit[v % kBins], -mean_units[v % kBins]);
-    return fma(g.x, dy, fma(g.y, units, g.z));
+  template <int V>
+  __device__ void operator()(C (&dx)[V], const C (&x)[V], const C (&dy)[V]) const {
+    if constexpr (kFrozen)
+      for_each(dx, [](auto dy, auto a) { return multiply(a, dy); }, dy, a);
+    else
+      for_each(
+          dx,
+          [](auto x, auto dy, auto a, auto b, auto c, auto unit, auto minus) {
+            return multiply_add(a, dy, multiply_add(b, multiply_add(x, unit, minus), c));
+          },
+          x, dy, a, b, c, unit, minus_mean_units);
   }
 };
 
@@ -154,8 +162,7 @@ class GradientsOut {
                         const compute_t<T> (&x)[V], const compute_t<T> (&dy)[V],
                         const Item<T, V>& dy_item) const {
     compute_t<T> dx[V];
-#pragma unroll
-    for (int v = 0; v < V; ++v) dx[v] = grad(v, x[v], dy[v]);
+    grad(dx, x, dy);
     if (kGate != Gate::kAny || has_input_)
       store_own(keep_, items, k, input_ + to, Item<T, V>::pack(dx));
     if (kGate == Gate::kMask || (kGate == Gate::kAny && has_residual_))
@@ -200,18 +207,26 @@ __device__ inline void reduce_backward(const BackwardCall& call, const Items& it
 #pragma unroll
       for (int i = 0; i < kLoads; ++i) {
         C x[V], dy[V];
+        if constexpr (Items::kRagged) {
+          const unsigned own = items.elements(k + j + i);
+          x_item[i].keep(own);
+          // A mask has no bits of others.
+          if constexpr (kGate != Gate::kMask) dy_item[i].keep(own);
+        }
         x_item[i].unpack(x);
         gate.pass(x_item[i], x, more[i], dy_item[i], dy);
         if constexpr (Source::kShared && gate.kIsExact)
           store(source.slot(k + j + i, 1), dy_item[i]);
         if constexpr (kFrozen) out.store(frozen_grad, items, k + j + i, at[i], x, dy, dy_item[i]);
+        // f' of what is added in other rows may be NaN.
 #pragma unroll
-        for (int v = 0; v < V; ++v) {
-          if (!items.has(k + j + i, v)) x[v] = gate.mean(v), dy[v] = 0;
-          const C xmu = x[v] - gate.mean(v);
-          a[v] = j + i == 0 ? dy[v] : a[v] + dy[v];
-          b[v] = j + i == 0 ? dy[v] * xmu : fma(dy[v], xmu, b[v]);
-        }
+        for (int v = 0; v < V; ++v)
+          if (kGate == Gate::kAny && !items.has(k + j + i, v)) dy[v] = 0;
+        C minus_mean[Items::kLanes];
+#pragma unroll
+        for (int v = 0; v < Items::kLanes; ++v) minus_mean[v] = -gate.mean(v);
+        add_to(x, minus_mean);
+        add_products(a, b, dy, x, j + i == 0);
       }
     }
     sums.template add<V>(a, b);

@@ -25,8 +25,8 @@ constexpr int64_t kMinItemsPerThread = 4;
 // Kernels count the items of a block, and from its first one, in 32 bits.
 constexpr int64_t kMaxBlockItems = (int64_t{1} << 31) - kMaxCudaThreads;
 
-// Kernels count the elements of a ragged row in 31 bits, and those of one item more.
-constexpr int64_t kMaxRaggedRow = int64_t{1} << 30;
+// Kernels count the elements of a ragged row in 31 bits, and those of two items more.
+constexpr int64_t kMaxRaggedRow = (int64_t{1} << 31) - 64;
 
 // Channels of a group, each of which takes 100 to 200 bytes of shared memory besides the slab.
 constexpr int64_t kMaxGroup = 256;
@@ -95,9 +95,19 @@ int64_t row_group(const Problem& p, const CudaInfo& cuda, int vector) {
   return group;
 }
 
+int64_t shared_bytes_of_channel(const Problem& p) {
+  return kPartialBytes + kRecordBytes + kResultBytes + (is_backward(p.stage) ? kPreparedBytes : 0);
+}
+
+// What a row of memory is cut into: items, with a mask bytes of it.
+int64_t row_unit(const Problem& p, int vector) {
+  return p.has_mask ? kMaskBits : vector;
+}
+
 // The widest vector that divides rows of memory, and with it the index map: rows of odd length
 // (7x7) are wide when several channels are taken as columns. 14x14 is rows of four in 16 bits too:
-// as columns of eight a quarter of the threads would have nothing.
+// as columns of eight a quarter of the threads would have nothing. A mask is of rows: those that
+// are no whole bytes are ragged.
 Layout choose_layout(const Problem& p, const CudaInfo& cuda) {
   const std::vector<int> fit = vectors(p);
   const bool is_short = p.hw * element_size(p.dtype) < kMinRowBytes;
@@ -105,38 +115,39 @@ Layout choose_layout(const Problem& p, const CudaInfo& cuda) {
   for (const int v : fit) {
     if (p.channels_last) {
       if (p.c % v == 0) return {IndexMap::kColumns, v, 1, column_groups(p, 1, v)};
-      // Three channels: every eight pixels begin at an aligned address again.
+      // Three channels: every eight pixels begin at an aligned address again. One group has all
+      // channels, and at most as many items.
       const int64_t pixels = v / std::gcd<int64_t>(p.c, v);
-      if (!p.has_mask && p.c % 4 != 0 && p.count() % pixels == 0 && p.c * pixels <= kMaxGroupBins)
+      const int64_t shared = kMaxCudaThreads / 2 * v * kSumBytes + p.c * shared_bytes_of_channel(p);
+      if (!p.has_mask && p.c % 4 != 0 && p.count() % pixels == 0 && p.c <= kMaxGroup &&
+          shared <= cuda.shared_bytes_per_block)
         return {IndexMap::kColumns, v, pixels, {p.c}, true};
       continue;
     }
+    const int64_t unit = row_unit(p, v);
     // Division by multiplication takes no divisor of one.
-    const bool rows = p.hw % v == 0 && (p.hw > v || p.n == 1);
+    const bool rows = p.hw % unit == 0 && (p.hw > v || p.n == 1);
     const bool columns = !p.has_mask && p.c * p.hw % v == 0 && p.hw <= kMaxGroupBins &&
                          least_columns_group(p, p.hw) * p.hw <= kMaxGroupBins;
     if (columns && (is_short || !(rows || divides)))
       return {IndexMap::kColumns, v, p.hw, column_groups(p, p.hw, v)};
-    // Rows of odd length begin at the same place of an aligned item in each sample.
-    const bool ragged = !rows && !divides && v > 1 && !p.has_mask && p.c * p.hw % v == 0 &&
-                        p.hw < kMaxRaggedRow && p.stage != Stage::kDoubleBackward;
-    if (!rows && !ragged) continue;
-    const bool padded = p.has_mask && p.hw % kMaskBits != 0;
-    return {IndexMap::kRows,
-            v,
-            1,
-            {row_group(p, cuda, v)},
-            false,
-            ragged ? Ends::kRagged : padded ? Ends::kPadded : Ends::kWhole};
+    // Rows of odd length begin at the same place of an aligned item in each sample, or at its
+    // start. A double backward takes whole items.
+    const bool whole_items = p.hw % v == 0;
+    const bool ragged = p.hw % unit != 0 && (p.has_mask || !divides) &&
+                        (whole_items || p.c * p.hw % unit == 0) && p.hw < kMaxRaggedRow &&
+                        (whole_items || p.stage != Stage::kDoubleBackward);
+    const Ends ends = ragged ? Ends::kRagged : Ends::kWhole;
+    if (rows || ragged) return {IndexMap::kRows, v, 1, {row_group(p, cuda, v)}, false, ends};
   }
-  throw std::invalid_argument("bnext: no vector divides the rows");  // 1 does
+  throw std::invalid_argument("bnext: a mask of rows of more than 2^31 elements, not whole bytes");
 }
 
 // Ragged rows of as many items as the widest spread of one over them takes.
 int64_t items_of_row(const Problem& p, const Layout& layout) {
-  if (layout.ends == Ends::kPadded) return round_up(p.hw, kMaskBits) / layout.vector;
-  const int64_t before = layout.ends == Ends::kRagged ? layout.vector - 1 : 0;
-  return ceil_div(before + p.hw, layout.vector);
+  const int64_t unit = row_unit(p, layout.vector);
+  if (layout.ends == Ends::kWhole) return p.hw / layout.vector;
+  return ceil_div(unit - 1 + p.hw, unit) * (unit / layout.vector);
 }
 
 // Steps of a block through its rows.
@@ -151,9 +162,8 @@ void set_threads(CudaPlan& plan, const Problem& p, int threads) {
   plan.slab_bytes =
       operands(p.stage) * plan.items_per_thread * threads * plan.vector * element_size(p.dtype);
   plan.slab_bytes = round_up(plan.slab_bytes, 32);
-  const int64_t channel =
-      kPartialBytes + kRecordBytes + kResultBytes + (is_backward(p.stage) ? kPreparedBytes : 0);
-  plan.shared_bytes = plan.slab_bytes + plan.scratch_bytes() + plan.group * channel;
+  plan.shared_bytes =
+      plan.slab_bytes + plan.scratch_bytes() + plan.group * shared_bytes_of_channel(p);
 }
 
 // Down to three quarters of the threads, where that leaves fewer slots of the slab empty.
@@ -182,7 +192,8 @@ void set_divisor(CudaPlan& plan, int64_t divisor) {
 int64_t most_rows(const Problem& p, const CudaPlan& plan) {
   if (plan.map == IndexMap::kColumns) return std::max<int64_t>(1, kMaxBlockItems / plan.row_items);
   if (plan.magic == 0) return kMaxBlockItems;
-  const int64_t sample = std::max(p.c * p.hw / plan.vector, plan.row_items);
+  const int64_t mask = p.has_mask ? p.c * p.mask_row_bytes() : 0;
+  const int64_t sample = std::max({p.c * p.hw / plan.vector, plan.row_items, mask});
   if (sample > kMaxBlockItems / 3)
     throw std::invalid_argument("bnext: a sample of more than 2^29 accesses");
   return (kMaxBlockItems / sample - 2) * plan.row_items;

@@ -134,7 +134,7 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
   Sums<C, kBins> sums[kDoubleBackwardPairs];
 #pragma unroll 1
   for (int k = 0; k < items.total(); ++k) {
-    if (!items.valid(k)) continue;
+    if (!items.valid(k) || !items.elements(k)) continue;
     const auto values = operands(k, items(k));
 #pragma unroll
     for (int v = 0; v < V; ++v) {
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
   if (!args.grad_grad_out && !args.grad_input) return;
 #pragma unroll 1
   for (int k = items.total() - 1; k >= 0; --k) {
-    if (!items.valid(k)) continue;
+    if (!items.valid(k) || !items.elements(k)) continue;
     const unsigned at = items(k);
     const auto values = operands(k, at);
     C z[V]{}, dx[V];

@@ -92,18 +92,53 @@ struct alignas(sizeof(T) * V) Item {
     }
     return kPairs ? (bits | bits >> 16) : bits;
   }
-  // Elements whose bits are not set become zero.
-  __device__ void keep(unsigned bits) {
+  // Elements whose bits are not set become zero, or another item's.
+  __device__ void keep(unsigned bits, const Item& other = {}) {
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
-      if constexpr (kPairs)
+      if constexpr (kPairs) {
         // The signs of a product's four bytes are four of the bits.
-        units[i] &= halves_of_signs((bits >> i / 2 * 4 & 15) * 0x10204080u, i % 2 * 2);
-      else
-        units[i] = bits >> i & 1 ? units[i] : from_compute<T>(C(0));
+        const unsigned kept = halves_of_signs((bits >> i / 2 * 4 & 15) * 0x10204080u, i % 2 * 2);
+        units[i] = (units[i] & kept) | (other.units[i] & ~kept);
+      } else {
+        units[i] = bits >> i & 1 ? units[i] : other.units[i];
+      }
     }
   }
 };
+
+template <class C>
+__device__ inline C add(C x, C y) {
+  return x + y;
+}
+template <class C>
+__device__ inline C multiply(C x, C y) {
+  return x * y;
+}
+template <class C>
+__device__ inline C multiply_add(C x, C y, C z) {
+  return fma(x, y, z);
+}
+
+// to = f(from...), element by element, in pairs where all have those: f takes a float2 as it takes
+// a number. Operands of fewer elements repeat.
+template <class C, int V, class F, int... kOf>
+__device__ inline void for_each(C (&to)[V], const F& f, const C (&... from)[kOf]) {
+  if constexpr (V % 2 == 0 && (... && (kOf % 2 == 0))) {
+#pragma unroll
+    for (int v = 0; v < V; v += 2) {
+      const float2 two = f(float2{from[v % kOf], from[v % kOf + 1]}...);
+      to[v] = two.x, to[v + 1] = two.y;
+    }
+  } else {
+#pragma unroll
+    for (int v = 0; v < V; ++v) to[v] = f(from[v % kOf]...);
+  }
+}
+template <class C, int V, int kOf>
+__device__ inline void add_to(C (&to)[V], const C (&more)[kOf]) {
+  for_each(to, [](auto x, auto y) { return add(x, y); }, to, more);
+}
 
 // Stores those elements of an item whose bits are set.
 template <class T, int V>

@@ -96,6 +96,8 @@ __device__ inline void find_pilots(const ForwardCall& call, const Items& items, 
     C sum = items.total() > 0 ? to_compute(x[items.value_at(group, i, lane)]) : C(0);
     sum *= C(1. / kPlaces);
     for (int d = kWarpThreads / 2; d > 0; d /= 2) sum += shuffle_xor(sum, d);
+    // It stands in an item for the elements of other rows.
+    if constexpr (Items::kRagged) sum = to_compute(from_compute<T>(sum));
     const int64_t c = group * call.plan.group + i;
     if (lane == 0)
       quads[i] = {sum - sum == 0 ? sum : C(0), static_cast<C>(read(call.args.weight, c, 1)),
@@ -112,9 +114,12 @@ __device__ inline void reduce_forward(const ForwardCall& call, const Items& item
                                       const Source& source, const Sum& sum) {
   using C = compute_t<T>;
   constexpr int kBins = Items::kBins;
-  C pilot[kBins];
+  C minus_pilot[Items::kLanes], pilot[V];
 #pragma unroll
-  for (int v = 0; v < kBins; ++v) pilot[v] = shared.quads<C>()[items.channel(v)].x;
+  for (int v = 0; v < V; ++v) pilot[v] = shared.quads<C>()[items.channel(v % kBins)].x;
+#pragma unroll
+  for (int v = 0; v < Items::kLanes; ++v) minus_pilot[v] = -pilot[v];
+  const Item<T, V> pilots = Item<T, V>::pack(pilot);
   Sums<C, kBins> sums;
   sum(sums, [&](int k, auto count) {
     Item<T, V> item[count];
@@ -124,13 +129,10 @@ __device__ inline void reduce_forward(const ForwardCall& call, const Items& item
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       C x[V];
+      if constexpr (Items::kRagged) item[i].keep(items.elements(k + i), pilots);
       item[i].unpack(x);
-#pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const C d = items.has(k + i, v) ? x[v] - pilot[v % kBins] : C(0);
-        a[v] = i == 0 ? d : a[v] + d;
-        b[v] = i == 0 ? d * d : fma(d, d, b[v]);
-      }
+      add_to(x, minus_pilot);
+      add_products(a, b, x, x, i == 0);
     }
     sums.template add<V>(a, b);
   });
@@ -173,11 +175,11 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
   // Where threads meet in shuffles, those that own nothing go along; else they are done here.
   constexpr bool kMeets = kResidual && kAct != Fused::kNone && kThreadsPerMaskByte<V> > 1;
   if (!kMeets && !items.owns()) return;
-  Affine<C> affine[kBins];
+  C minus_mean[Items::kLanes], scale[Items::kLanes], shift[Items::kLanes];
 #pragma unroll
-  for (int v = 0; v < kBins; ++v) {
-    const Quad<C> q = shared.quads<C>()[items.channel(v)];
-    affine[v] = {q.x, q.y, q.z};
+  for (int v = 0; v < Items::kLanes; ++v) {
+    const volatile Quad<C>& q = shared.quads<C>()[items.channel(v % kBins)];
+    minus_mean[v] = -q.x, scale[v] = q.y, shift[v] = q.z;
   }
   const Item<T, V>* const residual = items_in<T, V>(args.residual, items);
   Item<T, V>* const output = items_in<T, V>(args.output, items);
@@ -199,13 +201,16 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
     for (int i = 0; i < count; ++i) {
       C z[V];
       x_item[i].unpack(z);
-#pragma unroll
-      for (int v = 0; v < V; ++v) z[v] = apply(affine[v % kBins], z[v]);
+      for_each(  // apply() of formulas.h
+          z,
+          [](auto x, auto minus, auto scale, auto shift) {
+            return multiply_add(add(x, minus), scale, shift);
+          },
+          z, minus_mean, scale, shift);
       if constexpr (kResidual) {
         C more[V];
         residual_item[i].unpack(more);
-#pragma unroll
-        for (int v = 0; v < V; ++v) z[v] += more[v];
+        add_to(z, more);
       }
       [[maybe_unused]] unsigned bits = 0;
       if (kResidual && kAct == Fused::kAny && args.mask) bits = passing_bits(act, z);
@@ -215,6 +220,7 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
       if constexpr (kResidual && kAct != Fused::kNone)
         if (args.mask) {
           if constexpr (kAct == Fused::kRelu) bits = y.nonzero();
+          if constexpr (Items::kRagged) bits &= items.elements(k + i);
           bits = join_mask_bits<V>(valid ? bits : 0);
           if (valid && items.writes_mask()) mask[items.mask(k + i)] = static_cast<uint8_t>(bits);
         }

@@ -57,14 +57,15 @@ __device__ inline unsigned place(unsigned k) {
 
 template <IndexMap kMap, int V, Ends kEnds>
 class Items {
-  static constexpr bool kPadded = kEnds == Ends::kPadded;
-
  public:
   static constexpr bool kRagged = kEnds == Ends::kRagged;
   static constexpr int kElements = V;
   static constexpr bool kRows = kMap == IndexMap::kRows;
   static constexpr int kBins = kRows ? 1 : V;  // whose sums a thread keeps
-  static constexpr bool kAllChecked = kPadded;
+  // Coefficients that it keeps: of each bin, or of the only one twice, for pairs of elements. They
+  // are loaded as volatile, number by number: what one load brings lies in adjacent registers, and
+  // hot loops would put the pairs together.
+  static constexpr int kLanes = kBins == 1 && V > 1 ? 2 : kBins;
   static_assert(kEnds == Ends::kWhole || kRows, "columns end with whole items");
 
   __device__ Items(const Problem& problem, const CudaPlan& plan, int64_t group, int64_t rank)
@@ -89,10 +90,11 @@ class Items {
       first_ = opaque(start + row_);
       step_ = step;
       jump_ = opaque(static_cast<unsigned>(problem.c * problem.hw / V - plan.row_items));
-      base_ = row_of_memory * problem.hw / V;
+      before_ = before(channel);
+      base_ = (row_of_memory * problem.hw - before_) / V;
       mask_base_ = row_of_memory * problem.mask_row_bytes();
+      mask_jump_ = static_cast<unsigned>((problem.c - 1) * problem.mask_row_bytes());
       if constexpr (kRagged) {
-        before_ = before(channel);
         const int64_t last = problem.numel() / V - 1 - base_;
         last_ = last < UINT32_MAX ? static_cast<unsigned>(last) : UINT32_MAX;
       }
@@ -114,16 +116,11 @@ class Items {
   }
 
   // Steps, of which the first `full` are whole.
-  __device__ int full() const { return kPadded ? 0 : full_; }
+  __device__ int full() const { return full_; }
   __device__ int total() const { return total_; }
   // Whether the thread has an item in each whole step, and in any one.
   __device__ bool owns() const { return owns_; }
-  __device__ bool valid(int k) const {
-    const bool is_own = k < full_ ? owns_ : owns_rest_;
-    if constexpr (!kPadded) return is_own;
-    const unsigned i = index(k);
-    return is_own && static_cast<int>(i - sample(i) * row_items()) * V < problem_.hw;
-  }
+  __device__ bool valid(int k) const { return k < full_ ? owns_ : owns_rest_; }
 
   // Items before the k-th in the tensor, less base().
   __device__ int64_t base() const { return base_; }
@@ -137,8 +134,8 @@ class Items {
     if constexpr (!kRagged) return kAll;
     const unsigned i = index(k);
     const int place = static_cast<int>(i - sample(i) * row_items()) * V - before_;
-    const int missing = place < 0 ? -place : 0, left = static_cast<int>(problem_.hw) - place;
-    return kAll << missing & (left < V ? (1u << (left > 0 ? left : 0)) - 1 : kAll);
+    const int over = place - (static_cast<int>(problem_.hw) - V);
+    return kAll << (place < 0 ? -place : 0) & shift_right(kAll, over < 0 ? 0 : over);
   }
   __device__ bool has(int k, int v) const { return !kRagged || elements(k) >> v & 1; }
 
@@ -146,10 +143,9 @@ class Items {
   __device__ int64_t mask_base() const { return mask_base_; }
   __device__ unsigned mask(int k) const {
     if constexpr (!kRows) return mask_first_ + static_cast<unsigned>(k) * mask_step_;
-    if constexpr (!kPadded) return (*this)(k) / kThreadsPerMaskByte<V>;
-    const unsigned i = index(k), q = sample(i);
-    return q * static_cast<unsigned>(problem_.c * problem_.mask_row_bytes()) +
-           (i - q * row_items()) / kThreadsPerMaskByte<V>;
+    const unsigned i = index(k);
+    if constexpr (!kRagged) return offset_of(i) / kThreadsPerMaskByte<V>;
+    return sample(i) * mask_jump_ + i / kThreadsPerMaskByte<V>;
   }
   __device__ unsigned bits_of_byte(unsigned byte) const {
     return byte >> (V * (threadIdx.x % kThreadsPerMaskByte<V>));
@@ -190,13 +186,16 @@ class Items {
   }
 
  private:
-  // Ragged: elements of other rows in the first item of a channel's.
+  // Ragged: elements of other rows before the first of a channel's, in the first item or in those
+  // that share the first byte of a mask; none where rows begin elsewhere in each sample.
   __device__ int before(int64_t channel) const {
-    return static_cast<int>(channel * problem_.hw % V);
+    if constexpr (!kRagged) return 0;
+    const int64_t unit = problem_.has_mask ? kMaskBits : V;
+    return problem_.c * problem_.hw % unit ? 0 : static_cast<int>(channel * problem_.hw % unit);
   }
   // Of a row of the matrix: the place of its element v in the row of memory, within [0, most].
   __device__ int64_t place_in_row(int64_t row, int64_t channel, unsigned v, int64_t most) const {
-    const int64_t place = row % plan_.row_items * V + v - (kRagged ? before(channel) : 0);
+    const int64_t place = row % plan_.row_items * V + v - before(channel);
     return place < 0 ? 0 : place < most ? place : most;
   }
   __device__ unsigned row_items() const { return static_cast<unsigned>(plan_.row_items); }
@@ -215,7 +214,7 @@ class Items {
   RowRange range_;
   int row_, full_, total_, first_bin_, before_ = 0;
   bool owns_, owns_rest_;
-  unsigned first_, step_, jump_ = 0, mask_first_ = 0, mask_step_ = 0, last_ = 0;
+  unsigned first_, step_, jump_ = 0, mask_first_ = 0, mask_step_ = 0, mask_jump_ = 0, last_ = 0;
   int64_t base_, mask_base_;
 };
 

@@ -30,10 +30,7 @@ inline cudaError_t with_items(const CudaPlan& plan, const F& f) {
     if (plan.map == IndexMap::kColumns)
       return f(vector, Constant<IndexMap::kColumns>{}, Constant<Ends::kWhole>{});
     constexpr Constant<IndexMap::kRows> kRows;
-    if constexpr (vector < kMaskBits)
-      if (plan.ends == Ends::kPadded) return f(vector, kRows, Constant<Ends::kPadded>{});
-    if constexpr (vector > 1)
-      if (plan.ends == Ends::kRagged) return f(vector, kRows, Constant<Ends::kRagged>{});
+    if (plan.ends == Ends::kRagged) return f(vector, kRows, Constant<Ends::kRagged>{});
     return f(vector, kRows, Constant<Ends::kWhole>{});
   });
 }

@@ -23,9 +23,7 @@ cudaError_t launch_as(const CudaPlan& plan, const Problem& problem, const Backwa
   BackwardCall call{problem, plan, args, workspace, 0};
   const bool frozen = !args.save_stats;
   return with_items<T>(plan, [&](auto v, auto map, auto ends) {
-    constexpr bool kMasks = is_widest<T>(v) && ends == Ends::kWhole;
-    constexpr bool kAlone =
-        (is_widest<T>(v) || is_half_as_wide<T>(v, map)) && ends != Ends::kPadded;
+    constexpr bool kMasks = is_widest<T>(v), kAlone = kMasks || is_half_as_wide<T>(v, map);
     return with_gate<kAlone, kMasks, v <= kMaxSharedBackwardVector>(problem, [&](auto gate) {
       if (plan.family == Family::kResident)
         return launch(batch_norm_resident_backward_kernel<T, v, map, ends, gate>,

@@ -10,7 +10,7 @@ cudaError_t launch_as(const CudaPlan& plan, const Problem& problem, const Double
                       void* workspace, void* stream) {
   DoubleBackwardCall call{problem, plan, args, workspace, 0};
   return with_items<T>(plan, [&](auto v, auto map, auto ends) {
-    if constexpr (v > kMaxDoubleBackwardVector || ends == Ends::kRagged) {
+    if constexpr (v > kMaxDoubleBackwardVector) {
       return cudaErrorInvalidValue;
     } else {
       return for_each_range(plan, [&](int64_t first, int64_t groups) {

@@ -5,13 +5,13 @@
 namespace bnext {
 
 // f(what is fused, whether a residual is added). kAlone: what has kernels of its own gets them;
-// kMasks: those that write a mask too.
-template <bool kAlone, bool kMasks, bool kPadded, class F>
+// kMasks: those that write a mask too. kMasked: there is one.
+template <bool kAlone, bool kMasks, bool kMasked, class F>
 inline cudaError_t with_fused(const Problem& p, const F& f) {
   const auto with = [&](auto fused) {
-    if constexpr (!kPadded)
+    if constexpr (!kMasked)
       if (!p.residual) return f(fused, Constant<false>{});
-    return f(fused, Constant<true>{});  // only what has a residual is padded, for its mask
+    return f(fused, Constant<true>{});
   };
   if constexpr (kAlone) {
     if (p.act == Act::kNone) return with(Constant<Fused::kNone>{});
@@ -27,11 +27,9 @@ cudaError_t launch_as(const CudaPlan& plan, const Problem& problem, const Forwar
                       void* workspace, void* stream) {
   ForwardCall call{problem, plan, args, workspace, 0};
   return with_items<T>(plan, [&](auto v, auto map, auto ends) {
-    constexpr bool kMasks = is_widest<T>(v) && ends == Ends::kWhole;
-    constexpr bool kAlone =
-        (is_widest<T>(v) || is_half_as_wide<T>(v, map)) && ends != Ends::kPadded;
-    return with_fused<kAlone, kMasks, ends == Ends::kPadded>(problem, [&](auto fused,
-                                                                          auto residual) {
+    constexpr bool kMasks = is_widest<T>(v), kAlone = kMasks || is_half_as_wide<T>(v, map);
+    constexpr bool kMasked = v == 1 && ends == Ends::kRagged;
+    return with_fused<kAlone, kMasks, kMasked>(problem, [&](auto fused, auto residual) {
       if (plan.family == Family::kResident)
         return launch(batch_norm_resident_forward_kernel<T, v, map, ends, fused, residual>,
                       shape_of(plan, plan.teams), stream, call);

@@ -32,7 +32,8 @@ constexpr int64_t kGridMinBlockBytes = 64 * 1024;
 // 1 us. Only for groups wider than the narrowest; the narrowest may exceed it.
 constexpr int64_t kMaxExchangeBytes = 32 * 1024;
 
-// Streaming: two blocks of half the threads an SM, with a tail of less than this share of them.
+// Streaming: two blocks of half the threads an SM, or one of all, with a tail of less than this
+// share of them.
 constexpr int64_t kStreamBlocksPerSm = 2;
 constexpr double kStreamBalance = 0.85;
 // The L2 has two halves, and a line that both sides read may be in both: we count on half of it.
@@ -95,10 +96,10 @@ Found resident_in_clusters(const Problem& p, const Layout& layout, const CudaInf
 // Teams of as many blocks as share out all SMs, one block each: a cooperative launch fails rather
 // than let some of its blocks wait. `least_bytes`: of a block.
 Found resident_in_grid(const Problem& p, const Layout& layout, const CudaInfo& cuda, int64_t sms,
-                       int64_t least_bytes) {
+                       int64_t least_bytes, int threads) {
   for (const int64_t group : layout.groups) {
     const auto plan_for = [&](int64_t blocks) {
-      return cut(p, layout, group, blocks, kMaxCudaThreads, true);
+      return cut(p, layout, group, blocks, threads, true);
     };
     const auto fits = [&](int64_t blocks) {
       return plan_for(blocks).shared_bytes <= cuda.shared_bytes_per_block;
@@ -129,14 +130,20 @@ Found resident(const Problem& p, const Layout& layout, const CudaInfo& cuda,
   const int64_t sms = std::max<int64_t>(1, cuda.sms - choice.spare_sms);  // of a grid
   if (team == Team::kBlock) return resident_in_clusters(p, layout, cuda, 1, 1);
   if (team == Team::kCluster) return resident_in_clusters(p, layout, cuda, 2, most);
-  if (team == Team::kGrid) return resident_in_grid(p, layout, cuda, sms, 1);
+  const auto grid_of = [&](int64_t least_bytes) {
+    const Found grid = resident_in_grid(p, layout, cuda, sms, least_bytes, kMaxCudaThreads);
+    if (grid || !layout.interleaved) return grid;
+    // Its sums take up to 128 bytes of each thread.
+    return resident_in_grid(p, layout, cuda, sms, least_bytes, kMaxCudaThreads / 2);
+  };
+  if (team == Team::kGrid) return grid_of(1);
   const Found clusters = resident_in_clusters(p, layout, cuda, 1, most);
   if (clusters) {
     const int64_t block_bytes = channel_bytes(p) * clusters->group / clusters->team_blocks;
     const bool busy = balance(clusters->groups * clusters->team_blocks, cuda.sms) >= kPoorBalance;
     if (busy || block_bytes < kGridMinBlockBytes) return clusters;
   }
-  const Found grid = resident_in_grid(p, layout, cuda, sms, kMinBlockBytes);
+  const Found grid = grid_of(kMinBlockBytes);
   return grid ? grid : clusters;
 }
 
@@ -163,7 +170,10 @@ CudaPlan streaming(const Problem& p, const Layout& layout, const CudaInfo& cuda)
     const int64_t ranges = ceil_div(groups, most), launched = ceil_div(groups, ranges);
     const int64_t splits =
         choose_splits(launched, slots, std::max<int64_t>(1, bytes / kMinBlockBytes));
-    CudaPlan plan = cut(p, layout, group, splits, kMaxCudaThreads / 2, false);
+    const int half = kMaxCudaThreads / 2;
+    CudaPlan plan = cut(p, layout, group, splits, slots > cuda.sms ? half : kMaxCudaThreads, false);
+    if (plan.shared_bytes > cuda.shared_bytes_per_block)
+      plan = cut(p, layout, group, splits, half, false);
     plan.team_blocks = ceil_div(plan.rows, plan.rows_per_block);  // none without rows
     plan.groups_per_launch = plan.teams = launched;
     // Without a second read there are two: the sums, then the gradients of the parameters.

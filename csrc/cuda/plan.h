@@ -32,23 +32,24 @@ inline std::string to_string(Team team) {
                                   : "stream";
 }
 
+inline constexpr int64_t kSumBytes = 16;  // of a bin: two doubles
+
+// How the items of a row of memory end.
+enum class Ends : uint8_t {
+  kWhole,
+  kRagged,  // with elements of other rows, up to an aligned access or a whole byte of the mask
+};
+
+inline std::string to_string(Ends ends) {
+  return ends == Ends::kWhole ? "whole" : "ragged";
+}
+
 // Memory is cut into accesses of `vector` adjacent elements ("items"), and they are a matrix.
 //   rows:    a column is a channel, a row one of its items, sample after sample, of row_items each.
 //   columns: a column is an item of `vector` adjacent bins, a row everything between two pixels
 //            (channels_last, a bin is a channel) or two samples (short rows: a bin is one pixel of
 //            a channel), of row_items items.
-// How the items of a row of memory end.
-enum class Ends : uint8_t {
-  kWhole,
-  kPadded,  // with items that do not exist, up to a whole byte of the mask
-  kRagged,  // with elements of the rows before and after: rows of odd length, by aligned accesses
-};
-
-inline std::string to_string(Ends ends) {
-  constexpr const char* names[] = {"whole", "padded", "ragged"};
-  return names[static_cast<int>(ends)];
-}
-
+//
 // A group is `group` adjacent channels. Of a block's warps every warp_sets-th has the same columns,
 // 32 / warp_rows adjacent ones (rows: one), and in a step takes warp_rows rows of them. A block of
 // a team owns rows_per_block adjacent rows of the group, the last one fewer.
@@ -79,9 +80,9 @@ struct CudaPlan {
   int64_t bytes_moved, bytes_floor;
 
   constexpr int64_t group_bins() const { return group * bins_per_channel; }
-  // Of a warp's sums, before the warps of a block join theirs: two doubles of each bin.
+  // Of a warp's sums, before the warps of a block join theirs.
   constexpr int64_t scratch_bytes() const {
-    return threads / warp_rows * (map == IndexMap::kRows ? 1 : vector) * int64_t{16};
+    return threads / warp_rows * (map == IndexMap::kRows ? 1 : vector) * kSumBytes;
   }
 
   // visit(name, pointer to member) for every field: for text, bindings and tests.

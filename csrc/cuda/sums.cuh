@@ -18,13 +18,18 @@ struct Sums {
 
   // Of a tile: sums of each element's place in an item, of which those of a bin join as a tree.
   template <int V>
-  __device__ void add(C (&x)[V], C (&y)[V]) {
-#pragma unroll
-    for (int d = V / 2; d >= kBins && d > 0; d /= 2)
-#pragma unroll
-      for (int v = 0; v < d; ++v) x[v] += x[v + d], y[v] += y[v + d];
-#pragma unroll
-    for (int v = 0; v < kBins; ++v) a[v] += x[v], b[v] += y[v];
+  __device__ void add(const C (&x)[V], const C (&y)[V]) {
+    if constexpr (V > kBins) {
+      C half_x[V / 2], half_y[V / 2];
+      const auto fold = [](C(&to)[V / 2], const C(&from)[V]) {
+        const auto& [low, high] = reinterpret_cast<const C(&)[2][V / 2]>(from);
+        for_each(to, [](auto p, auto q) { return bnext::add(p, q); }, low, high);
+      };
+      fold(half_x, x), fold(half_y, y);
+      add(half_x, half_y);
+    } else {
+      add_to(a, x), add_to(b, y);
+    }
   }
   __device__ void flush() {
 #pragma unroll
@@ -35,6 +40,21 @@ struct Sums {
     }
   }
 };
+
+// Adds an item's values to sums a and their products with others to b; the first of a tile sets
+// them.
+template <class C, int V>
+__device__ inline void add_products(C (&a)[V], C (&b)[V], const C (&x)[V], const C (&y)[V],
+                                    bool is_first) {
+  if (is_first) {
+#pragma unroll
+    for (int v = 0; v < V; ++v) a[v] = x[v];
+    for_each(b, [](auto x, auto y) { return multiply(x, y); }, x, y);
+  } else {
+    add_to(a, x);
+    for_each(b, [](auto x, auto y, auto z) { return multiply_add(x, y, z); }, x, y, b);
+  }
+}
 
 // Calls add(k, how many) for items [first, last) that a thread has, `first` being the first of a
 // tile, or of what no tile holds.
@@ -53,9 +73,7 @@ __device__ inline void sum_items(const Items& items, int first, int last, Sums& 
   }
 #pragma unroll 1
   for (; k < last; ++k) {
-    if (!items.valid(k)) continue;
-    add(k, Count<1>{});
-    if (Items::kAllChecked) sums.flush();
+    if (items.valid(k)) add(k, Count<1>{});
   }
   sums.flush();
 }

@@ -209,8 +209,9 @@ def save_stats(mean: Tensor, invstd: Tensor) -> Tensor:
 
 
 def mask_shape(p: Problem) -> tuple[int, int]:
-    rows, width = (p.n * p.hw, p.c) if p.channels_last else (p.n * p.c, p.hw)
-    return rows, (width + 7) // 8
+    if p.channels_last:
+        return p.n * p.hw, (p.c + 7) // 8
+    return p.n * p.c, (p.hw + 7) // 8 + (p.hw % 8 + 6) // 8
 
 
 def forward(e: Emulator, plan: CudaPlan, p: Problem, x: Tensor, *, weight=None, bias=None,

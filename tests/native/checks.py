@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import criterion
+import masks
 from bnext import reference
 from bnext._activation import parameter
 from cases import Case
@@ -67,27 +68,6 @@ def problem(case: Case, setting: Setting, stage: str, **fields) -> calls.Problem
     return calls.problem(case.x, stage, act=setting.act, residual=residual, **fields)
 
 
-def bits_of(mask: Tensor, x: Tensor) -> Tensor:
-    """A mask as bool of x's shape."""
-    channels_last = calls.is_channels_last(x)
-    width = x.shape[1] if channels_last else x[0, 0].numel()
-    bits = mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8) & 1
-    bits = bits.flatten(1)[:, :width].bool()
-    if channels_last:
-        return bits.reshape(x.movedim(1, -1).shape).movedim(-1, 1)
-    return bits.reshape(x.shape)
-
-
-def packed(active: Tensor, x: Tensor) -> Tensor:
-    """The mask that stands for `active`: rows of memory, padded to bytes."""
-    channels_last = calls.is_channels_last(x)
-    rows = (
-        active.movedim(1, -1).flatten(0, -2) if channels_last else active.flatten(2).flatten(0, 1)
-    )
-    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 8)).unflatten(1, (-1, 8))
-    return (rows.to(torch.uint8) << torch.arange(8, dtype=torch.uint8)).sum(2).to(torch.uint8)
-
-
 def check_training(case: Case, setting: Setting, **fields) -> calls.CudaPlan:
     """Forward and backward against the reference; returns the forward's plan."""
     x, affine = case.x, {"weight": case.weight, "bias": case.bias}
@@ -126,7 +106,8 @@ def check_training(case: Case, setting: Setting, **fields) -> calls.CudaPlan:
         passed, known = ours.output > 0, True
         if act == "relu6":  # what is rounded to 6 may have passed
             passed, known = passed & (ours.output < 6), ours.output != 6
-        assert bool(((bits_of(ours.mask, x) == passed) | ~torch.as_tensor(known)).all())
+        right = masks.unpack(ours.mask, x, cuda=True) == passed
+        assert bool((right | ~torch.as_tensor(known)).all())
 
     p = problem(case, setting, "train_backward", **fields)
     grads = both().run(lambda e: calls.backward(

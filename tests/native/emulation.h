@@ -178,6 +178,22 @@ inline float quick_reciprocal(float x) {
   return 1 / x;
 }
 
+struct float2 {
+  float x, y;
+};
+inline float2 add(float2 x, float2 y) {
+  return {x.x + y.x, x.y + y.y};
+}
+inline float2 multiply(float2 x, float2 y) {
+  return {x.x * y.x, x.y * y.y};
+}
+inline float2 multiply_add(float2 x, float2 y, float2 z) {
+  return {std::fma(x.x, y.x, z.x), std::fma(x.y, y.y, z.y)};
+}
+
+inline unsigned shift_right(unsigned x, unsigned places) {
+  return places < 32 ? x >> places : 0;
+}
 inline unsigned multiply_high(unsigned a, unsigned b) {
   return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32);
 }

@@ -15,7 +15,7 @@ from bnext._activation import ACTIVATIONS
 from cases import DTYPES, dtype_id, make, shape_id
 from native import calls
 from native.calls import BLOCK, CLUSTER, COLUMNS, GRID, RESIDENT, ROWS, SMALL, STREAMING
-from native.checks import Setting, both, check_training
+from native.checks import Setting, both, check_training, problem
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 # (elements of an access, how memory is cut) -> shapes of 2-byte and of 4-byte elements: several
@@ -30,6 +30,9 @@ LAYOUTS = {
 }
 # Accesses of several elements all the same: rows of odd length, and of few channels.
 RAGGED, INTERLEAVED = ((3, 8, 9, 9), NCHW), ((8, 3, 6, 4), NHWC)
+WIDE = ((2, 67, 5, 4), NHWC)  # more than 512 values a row
+# Rows that begin at each place of a mask's byte, and at two; the rest of a row is 3 or 4 elements.
+MASKED = {"odd": (3, 8, 11, 17), "even": (3, 6, 14, 14), "short": (9, 16, 5, 7)}
 SHORT_ROWS = {8: (9, 24, 7, 7), 4: (9, 20, 7, 7), 1: (9, 5, 7, 3)}
 WIDEST = {torch.float32: 4, torch.float64: 1, torch.bfloat16: 8, torch.float16: 8}
 TEAMS = {"block": BLOCK, "cluster": CLUSTER, "grid": GRID, "stream": None}
@@ -72,15 +75,56 @@ def test_short_rows_are_columns(v, team) -> None:
 
 @pytest.mark.parametrize("team", TEAMS)
 @pytest.mark.parametrize("dtypes", [DTYPES[i] for i in (0, 2, 4)], ids=dtype_id)
-@pytest.mark.parametrize("layout", [RAGGED, INTERLEAVED], ids=shape_id)
+@pytest.mark.parametrize("layout", [RAGGED, INTERLEAVED, WIDE], ids=shape_id)
 @pytest.mark.parametrize("act", [None, "relu", "leaky_relu", "silu"])
 def test_odd_rows_by_wide_accesses(act, layout, dtypes, team) -> None:
     setting = Setting(act, STREAMING if team == "stream" else RESIDENT, TEAMS[team], SMALL)
     plan = check_training(make(*layout, dtypes), setting)
     assert plan.vector == WIDEST[dtypes[0]]
-    assert plan.interleaved == (layout == INTERLEAVED)
-    assert (plan.ends == 2) == (layout == RAGGED)
+    assert plan.interleaved == (layout != RAGGED)
+    assert (plan.ends == 1) == (layout == RAGGED)
     check_training(make(*layout, dtypes, residual=True), setting)
+
+
+@pytest.mark.parametrize("act", [None, "relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("family", [RESIDENT, STREAMING])
+def test_a_channel_of_nan_changes_no_other(act, residual, family) -> None:
+    case = make(*RAGGED, DTYPES[2], residual=residual)
+    setting, e = Setting(act, family), both().plain
+    affine = {"weight": case.weight, "bias": case.bias, "act_param": 0.25}
+
+    def results() -> list[torch.Tensor]:
+        p = problem(case, setting, "train_forward")
+        y = calls.forward(e, setting.plan(e, p), p, case.x, residual=case.residual, **affine)
+        p = problem(case, setting, "train_backward")
+        by = calls.backward(
+            e, setting.plan(e, p), p, case.grad_out, case.x, mask=y.mask, save_stats=y.save_stats,
+            residual=case.residual if p.residual else None, **affine,
+        )  # fmt: skip
+        found = (y.output, by.input, by.residual)
+        of_others = [t[:, [0, *range(2, 8)]] for t in found if t is not None]
+        return [*of_others, *(t[[0, *range(2, 8)]] for t in (by.weight, by.bias))]
+
+    expected = results()
+    for t in (case.x, case.grad_out, case.residual):
+        if t is not None:
+            t[:, 1] = torch.nan
+    torch.testing.assert_close(results(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("team", TEAMS)
+@pytest.mark.parametrize("dtypes", [DTYPES[i] for i in (0, 2, 4)], ids=dtype_id)
+@pytest.mark.parametrize("shape", MASKED)
+@pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu"])
+def test_masks_of_rows_that_are_no_whole_bytes(act, shape, dtypes, team) -> None:
+    setting = Setting(act, STREAMING if team == "stream" else RESIDENT, TEAMS[team], SMALL)
+    case = make(MASKED[shape], NCHW, dtypes, residual=True)
+    plan = check_training(case, setting)
+    assert (plan.vector, plan.map, plan.ends) == (WIDEST[dtypes[0]], ROWS, 1)
+    # Aligned less, by accesses of fewer elements: the mask is the same.
+    plan = check_training(case, setting, alignment=case.x.element_size())
+    assert (plan.vector, plan.map, plan.ends) == (1, ROWS, 1)
 
 
 @pytest.mark.parametrize("act", [act for act in ACTIVATIONS if act not in (None, "relu")])

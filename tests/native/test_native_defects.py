@@ -10,10 +10,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import masks
 from cases import DTYPES, make
 from native import calls, emulated
 from native.calls import BLOCK, CLUSTER, GRID, RESIDENT, SMALL, STREAMING
-from native.checks import Setting, packed
+from native.checks import Setting
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 STATEMENT = re.compile(
@@ -81,7 +82,7 @@ def outcomes(e: emulated.Emulator) -> Iterator[str | int]:
             frozen = setting.family == -1
             stage = "eval" if frozen else "train"
             stats = calls.save_stats(case.running_mean, case.running_var)
-            mask = packed(case.grad_out > 0, case.x)
+            mask = masks.pack(case.grad_out > 0, case.x, cuda=True)
             if setting.family == STREAMING:
                 p = calls.problem(case.x, "train_forward", need_input=False)
                 plan = calls.with_team(setting.plan(e, p), p, 3)

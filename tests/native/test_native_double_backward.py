@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import criterion
+import masks
 from bnext import reference
 from cases import DTYPES, Case, dtype_id, make, shape_id
 from native import calls
 from native.calls import COLUMNS, ROWS, SMALL
-from native.checks import both, packed
+from native.checks import both
 from native.test_native import LAYOUTS, SHORT_ROWS
 
 NCHW = torch.contiguous_format
@@ -22,7 +23,7 @@ def run(case: Case, act: str | None, training: bool, needs=(True, True, True), p
     stats = None if training else case.stats
     z = reference.forward(case.x, case.weight, case.bias, case.residual, stats).output
     active = {None: None, "relu": z > 0, "relu6": (z > 0) & (z < 6), "leaky_relu": z > 0}[act]
-    mask = packed(active, case.x) if act and case.residual is not None else None
+    mask = masks.pack(active, case.x, cuda=True) if act and case.residual is not None else None
     mean, var = reference.batch_stats(case.x)
     by = (
         torch.randn_like(case.x), torch.randn_like(case.weight), torch.randn_like(case.bias),

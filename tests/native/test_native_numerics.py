@@ -6,11 +6,12 @@ import pytest
 import torch
 
 import criterion
+import masks
 from bnext import reference
 from cases import DTYPES, dtype_id, make, shape_id
 from native import calls
 from native.calls import BLOCK, CLUSTER, GRID, RESIDENT, SMALL, STREAMING
-from native.checks import Setting, both, check_gradients, check_training, packed, problem
+from native.checks import Setting, both, check_gradients, check_training, problem
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 LAYOUTS = [((3, 5, 9, 8), NCHW), ((6, 72, 5, 2), NHWC), ((9, 24, 7, 7), NCHW)]
@@ -63,7 +64,7 @@ def test_frozen_statistics(dtypes, layout, after) -> None:
     )
     criterion.assert_as_good_as_torch(y.output, None, expected.output, expected.magnitude)
     active = y.output > 0 if setting.act else None
-    mask = packed(active, case.x) if after == "residual" else None
+    mask = masks.pack(active, case.x, cuda=True) if after == "residual" else None
     gradients = reference.backward(case.grad_out, case.x, case.weight, case.stats, active=active)
     for need_input, need_params in [(True, True), (True, False), (False, True)]:
         p = problem(case, setting, "eval_backward", need_input=need_input, need_params=need_params)
@@ -124,7 +125,8 @@ def test_a_mask_where_only_sums_are_wanted(stage, layout) -> None:
     p = calls.problem(case.x, stage, act="relu", has_mask=True, need_input=False)
     grads = both().run(lambda e: calls.backward(
         e, setting.plan(e, p), p, case.grad_out, case.x, weight=case.weight, bias=case.bias,
-        mask=packed(active, case.x), save_stats=save_stats, frozen=case.stats if frozen else None,
+        mask=masks.pack(active, case.x, cuda=True), save_stats=save_stats,
+        frozen=case.stats if frozen else None,
     ))  # fmt: skip
     assert grads.input is None and grads.residual is None
     stats = case.stats if frozen else None

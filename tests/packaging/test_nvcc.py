@@ -44,8 +44,18 @@ LIMITS = {
     r"resident_forward_kernel<\w+, 8, [01], 0, 2, false> silu": 16,
     r"resident_backward_kernel<\w+, 4, [01], 0, 3> silu": 52,
     # Rows of odd length.
-    r"resident_forward_kernel<\w+, 8, 0, 2, [01], false>": 23,
-    r"resident_backward_kernel<\w+, 8, 0, 2, [01]>": 29,
+    r"resident_forward_kernel<\w+, 8, 0, 1, [01], false>": 20,
+    r"resident_forward_kernel<\w+, 8, 0, 1, 1, true>": 25,
+    r"resident_backward_kernel<\w+, 8, 0, 1, [01]>": 25,
+    r"resident_backward_kernel<\w+, 8, 0, 1, 2>": 30,
+}
+# Where an instruction takes two floats.
+PAIRED_ARCH = "sm_100"
+LIMITS_PAIRED = {
+    r"resident_forward_kernel<\w+, 8, \d, 0, [01], false>": 8.5,
+    r"resident_forward_kernel<\w+, 8, \d, 0, 1, true>": 12,
+    r"resident_backward_kernel<\w+, 8, \d, 0, 0>": 11.5,
+    r"resident_backward_kernel<\w+, 8, \d, 0, 2>": 15,
 }
 MAX_FP64 = 0.25
 
@@ -94,10 +104,21 @@ def counted(cubins) -> list[sass.Kernel]:
 def test_instructions_of_hot_loops(counted, pattern) -> None:
     if pattern.endswith(sass.ALONE) and not ALL:
         pytest.skip("BNEXT_TEST_ALL_KERNELS=1 compiles it")
+    check_limit(counted, pattern, LIMITS[pattern])
+
+
+def check_limit(counted: list[sass.Kernel], pattern: str, limit: float) -> None:
     kernels = [k for k in counted if re.search(pattern + "$", k.kernel)]
     assert kernels, "no such kernel"
-    over = [k for k in kernels if not 0 < k.total <= LIMITS[pattern]]
+    over = [k for k in kernels if not 0 < k.total <= limit]
     assert not over, "\n".join(map(str, over))
+
+
+@pytest.mark.parametrize("pattern", LIMITS_PAIRED)
+def test_instructions_where_one_takes_two_floats(cubins, pattern) -> None:
+    direction = "forward" if "forward" in pattern else "backward"
+    counted = measured(cubins, PAIRED_ARCH, f"launch_{direction}.bfloat16")
+    check_limit(counted, pattern, LIMITS_PAIRED[pattern])
 
 
 def test_hot_loops_leave_double_and_local_memory_alone(counted) -> None:

@@ -39,6 +39,10 @@ COUNTED = {
     r"resident_backward_kernel<__nv_bfloat16, 4, [01], 0, 3> silu": ("train_backward", "sum", 8),
     r"reduce_backward_kernel<__nv_bfloat16, 8, [01], 0, 0, true>":
         ("eval_backward", "nothing", 16),
+    r"resident_forward_kernel<__nv_bfloat16, 8, 0, 1, [01], false>":
+        ("train_forward", "sign", 16, "ragged"),
+    r"resident_backward_kernel<__nv_bfloat16, 8, 0, 1, [12]>":
+        ("train_backward", "sign", 16, "ragged"),
 }  # fmt: skip
 
 

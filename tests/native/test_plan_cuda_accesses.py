@@ -1,0 +1,93 @@
+"""By which accesses the CUDA plan takes memory: their width, the index map, the ends of rows."""
+
+import pytest
+
+from native.test_plan_cuda import plan
+
+
+@pytest.mark.parametrize(
+    ("c", "hw", "channels_last", "dtype", "alignment", "index_map", "vector"),
+    [
+        (64, 56 * 56, False, "bfloat16", 16, "rows", 8),
+        (64, 56 * 56, False, "bfloat16", 8, "rows", 4),
+        (64, 56 * 56, False, "bfloat16", 2, "rows", 1),
+        (64, 56 * 56, False, "float32", 16, "rows", 4),
+        (64, 56 * 56, False, "float32", 8, "rows", 1),
+        (64, 56 * 56, False, "float64", 8, "rows", 1),
+        (64, 14 * 14, False, "bfloat16", 16, "rows", 4),
+        (64, 7 * 7, False, "bfloat16", 16, "columns", 8),
+        (64, 7 * 7, False, "float32", 16, "columns", 4),
+        (63, 7 * 7, False, "bfloat16", 16, "columns", 1),
+        (64, 15 * 15, False, "bfloat16", 16, "rows", 8),
+        (4, 15 * 15, False, "bfloat16", 16, "rows", 4),
+        (63, 15 * 15, False, "bfloat16", 16, "rows", 1),
+        (64, 4, False, "bfloat16", 16, "columns", 8),
+        (64, 1, False, "bfloat16", 16, "columns", 8),
+        (60, 49, True, "bfloat16", 16, "columns", 4),
+        (3, 224 * 224, True, "bfloat16", 16, "columns", 8),
+        (67, 49, True, "bfloat16", 16, "columns", 8),
+        (255, 49, True, "bfloat16", 16, "columns", 8),
+        (255, 49, True, "float32", 16, "columns", 4),
+        (257, 49, True, "bfloat16", 16, "columns", 1),
+        (64, 49, True, "bfloat16", 2, "columns", 1),
+    ],
+)  # fmt: skip
+def test_index_map_and_vector(c, hw, channels_last, dtype, alignment, index_map, vector) -> None:
+    p = plan(32, c, hw, channels_last=channels_last, dtype=dtype, alignment=alignment)
+    assert (p.index_map, p.vector) == (index_map, vector)
+
+
+def test_a_mask_keeps_rows() -> None:
+    assert plan(32, 64, 49, act="relu", residual=True).index_map == "rows"
+    assert plan(32, 64, 49, act="relu").index_map == "columns"
+    without = plan(32, 64, 49, "eval_forward", act="relu", residual=True, save_mask=False)
+    assert without.index_map == "columns"
+    assert without.bytes_floor == 3 * 32 * 64 * 49 * 2
+
+
+@pytest.mark.parametrize(
+    ("c", "hw", "act", "dtype", "alignment", "vector", "ends"),
+    [
+        (64, 56 * 56, "relu", "bfloat16", 16, 8, "whole"),
+        (64, 14 * 14, "relu", "bfloat16", 16, 8, "ragged"),
+        (64, 17 * 17, "relu", "bfloat16", 16, 8, "ragged"),
+        (64, 25 * 39, "relu", "float16", 16, 8, "ragged"),
+        (64, 149 * 149, "relu", "float32", 16, 4, "ragged"),
+        (64, 14 * 14, "relu", "float32", 16, 4, "ragged"),
+        (64, 7 * 7, "relu", "bfloat16", 16, 8, "ragged"),
+        (64, 17 * 17, "leaky_relu", "bfloat16", 16, 4, "ragged"),  # by the kernel of all
+        (63, 14 * 14, "relu", "bfloat16", 16, 4, "ragged"),
+        (63, 17 * 17, "relu", "bfloat16", 16, 1, "ragged"),
+        (64, 17 * 17, "relu", "bfloat16", 2, 1, "ragged"),
+        (64, 56 * 56, "relu", "bfloat16", 2, 1, "whole"),
+    ],
+)  # fmt: skip
+def test_accesses_of_rows_with_a_mask(c, hw, act, dtype, alignment, vector, ends) -> None:
+    p = plan(32, c, hw, "train_backward", dtype=dtype, act=act, residual=True, alignment=alignment)
+    assert (p.index_map, p.vector, p.ends) == ("rows", vector, ends)
+
+
+def test_a_mask_where_only_sums_are_wanted() -> None:
+    """It is read; there is no dx and no residual's gradient to keep operands for."""
+    p = plan(32, 64, 56 * 56, "train_backward", act="relu", residual=True, need_input=False,
+             need_residual=False)  # fmt: skip
+    assert (p.family, p.team, p.launches) == ("streaming", "stream", 2)
+    elements = 32 * 64 * 56 * 56
+    assert p.bytes_moved == p.bytes_floor == 2 * 2 * elements + elements // 8
+
+
+def test_the_backward_that_activations_share_takes_four_elements() -> None:
+    for act, residual, vector in (("none", False, 8), ("relu", False, 8), ("relu", True, 8),
+                                  ("relu6", True, 8), ("relu6", False, 4), ("leaky_relu", True, 4),
+                                  ("silu", False, 4), ("silu", True, 4)):  # fmt: skip
+        for last in (False, True):
+            p = plan(32, 64, 56 * 56, "train_backward", channels_last=last, act=act,
+                     residual=residual)  # fmt: skip
+            assert p.vector == vector, (act, residual)
+            assert plan(32, 64, 56 * 56, channels_last=last, act=act).vector == 8
+
+
+def test_a_mask_of_rows_that_are_too_long() -> None:
+    assert plan(1, 1, 1 << 32, act="relu", residual=True).ends == "whole"
+    with pytest.raises(ValueError, match=r"2\^31 elements"):
+        plan(1, 1, (1 << 31) + 1, act="relu", residual=True)
