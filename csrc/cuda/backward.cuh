@@ -111,22 +111,29 @@ __device__ inline void write_param_grads(const BackwardCall& call, const SharedL
   }
 }
 
-// The coefficients of dx for the bins of a thread.
-template <class C, bool kFrozen, class Items>
-struct InputGradOf {
-  C a[Items::kLanes], b[Items::kLanes], c[Items::kLanes];
-  C unit[Items::kLanes], minus_mean_units[Items::kLanes];
+// Coefficients that a thread keeps: where any activation is passed, no registers are left for
+// pairs.
+template <Gate kGate, class Items>
+inline constexpr int lanes_of = kGate == Gate::kAny ? Items::kBins : Items::kLanes;
 
+// The coefficients of dx for the bins of a thread.
+template <class C, bool kFrozen, int kLanes>
+struct InputGradOf {
+  C a[kLanes], b[kLanes], c[kLanes], unit[kLanes], minus_mean_units[kLanes];
+
+  template <class Items>
   __device__ InputGradOf(const Items& items, const SharedLayout& shared) {
 #pragma unroll
-    for (int v = 0; v < Items::kLanes; ++v) {
+    for (int v = 0; v < kLanes; ++v) {
       const int channel = items.channel(v % Items::kBins);
-      const volatile Prepared<C>& p = static_cast<const Prepared<C>*>(shared.prepared)[channel];
-      const volatile Quad<C>& q = shared.quads<C>()[channel];
-      a[v] = q.x;
-      if constexpr (kFrozen) continue;
-      b[v] = q.y, c[v] = q.z;
-      unit[v] = p.unit, minus_mean_units[v] = -p.mean_units;
+      if constexpr (kFrozen) {
+        a[v] = shared.quads<C>()[channel].x;
+      } else {
+        const volatile Prepared<C>& p = static_cast<const Prepared<C>*>(shared.prepared)[channel];
+        const volatile Quad<C>& q = shared.quads<C>()[channel];
+        a[v] = q.x, b[v] = q.y, c[v] = q.z;
+        unit[v] = p.unit, minus_mean_units[v] = -p.mean_units;
+      }
     }
   }
   // With frozen statistics dx does not depend on x, not even where x is inf or nan.
@@ -184,7 +191,8 @@ __device__ inline void reduce_backward(const BackwardCall& call, const Items& it
   using C = compute_t<T>;
   const auto* const prepared = static_cast<const Prepared<C>*>(shared.prepared);
   const GateOf<kGate, T, V, Items> gate(call, items, prepared);
-  const InputGradOf<C, true, Items> frozen_grad(items, shared);
+  constexpr int kLanes = lanes_of<kGate, Items>;
+  const InputGradOf<C, true, kLanes> frozen_grad(items, shared);
   Sums<C, Items::kBins> sums;
   const GradientsOut<T, V, kGate> out(call, items);
   sum(sums, [&](int k, auto count) {
@@ -210,8 +218,8 @@ __device__ inline void reduce_backward(const BackwardCall& call, const Items& it
         if constexpr (Items::kRagged) {
           const unsigned own = items.elements(k + j + i);
           x_item[i].keep(own);
-          // A mask has no bits of others.
-          if constexpr (kGate != Gate::kMask) dy_item[i].keep(own);
+          // A mask has no bits of others; kAny's dy is set below.
+          if constexpr (kGate == Gate::kNone || kGate == Gate::kSign) dy_item[i].keep(own);
         }
         x_item[i].unpack(x);
         gate.pass(x_item[i], x, more[i], dy_item[i], dy);
@@ -222,16 +230,16 @@ __device__ inline void reduce_backward(const BackwardCall& call, const Items& it
 #pragma unroll
         for (int v = 0; v < V; ++v)
           if (kGate == Gate::kAny && !items.has(k + j + i, v)) dy[v] = 0;
-        C minus_mean[Items::kLanes];
+        C minus_mean[kLanes];
 #pragma unroll
-        for (int v = 0; v < Items::kLanes; ++v) minus_mean[v] = -gate.mean(v);
+        for (int v = 0; v < kLanes; ++v) minus_mean[v] = -gate.mean(v);
         add_to(x, minus_mean);
         add_products(a, b, dy, x, j + i == 0);
       }
     }
     sums.template add<V>(a, b);
   });
-  const double least = items.count(0, 0) * 0x1p-100;  // about
+  const double least = static_cast<double>(call.problem.count()) * 0x1p-100;
   settle<GradSums>(
       sums, call.plan, shared, channels, shared.results,
       [&] {
@@ -265,7 +273,7 @@ __device__ inline void apply_backward(const BackwardCall& call, const Items& ite
   if (!items.owns()) return;
   using GateHere = GateOf<kDone ? Gate::kNone : kGate, T, V, Items>;
   const GateHere gate(call, items, static_cast<const Prepared<C>*>(shared.prepared));
-  const InputGradOf<C, kFrozen, Items> grad(items, shared);
+  const InputGradOf<C, kFrozen, lanes_of<kGate, Items>> grad(items, shared);
   const GradientsOut<T, V, kGate> out(call, items);
   for_items<kGate == Gate::kAny ? 1 : 2>(items, [&](int k, auto count, auto checked) {
     Item<T, V> x_item[count], dy_item[count];

@@ -192,8 +192,8 @@ void set_divisor(CudaPlan& plan, int64_t divisor) {
 int64_t most_rows(const Problem& p, const CudaPlan& plan) {
   if (plan.map == IndexMap::kColumns) return std::max<int64_t>(1, kMaxBlockItems / plan.row_items);
   if (plan.magic == 0) return kMaxBlockItems;
-  const int64_t mask = p.has_mask ? p.c * p.mask_row_bytes() : 0;
-  const int64_t sample = std::max({p.c * p.hw / plan.vector, plan.row_items, mask});
+  const int64_t mask_items = (p.has_mask ? p.c : 1) * plan.row_items;
+  const int64_t sample = std::max(p.c * p.hw / plan.vector, mask_items);
   if (sample > kMaxBlockItems / 3)
     throw std::invalid_argument("bnext: a sample of more than 2^29 accesses");
   return (kMaxBlockItems / sample - 2) * plan.row_items;

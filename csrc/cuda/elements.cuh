@@ -120,20 +120,30 @@ __device__ inline C multiply_add(C x, C y, C z) {
   return fma(x, y, z);
 }
 
+// Elements v and maybe the next: a number, or a float2.
+template <int kLanes, class C, int V>
+__device__ inline auto lanes(const C (&x)[V], int v) {
+  if constexpr (kLanes == 2)
+    return float2{x[v], x[v + 1]};
+  else
+    return x[v];
+}
+template <class C, int V>
+__device__ inline void set_lanes(C (&to)[V], int v, C x) {
+  to[v] = x;
+}
+template <int V>
+__device__ inline void set_lanes(float (&to)[V], int v, float2 x) {
+  to[v] = x.x, to[v + 1] = x.y;
+}
+
 // to = f(from...), element by element, in pairs where all have those: f takes a float2 as it takes
 // a number. Operands of fewer elements repeat.
 template <class C, int V, class F, int... kOf>
 __device__ inline void for_each(C (&to)[V], const F& f, const C (&... from)[kOf]) {
-  if constexpr (V % 2 == 0 && (... && (kOf % 2 == 0))) {
+  constexpr int kStep = V % 2 == 0 && (... && (kOf % 2 == 0)) ? 2 : 1;
 #pragma unroll
-    for (int v = 0; v < V; v += 2) {
-      const float2 two = f(float2{from[v % kOf], from[v % kOf + 1]}...);
-      to[v] = two.x, to[v + 1] = two.y;
-    }
-  } else {
-#pragma unroll
-    for (int v = 0; v < V; ++v) to[v] = f(from[v % kOf]...);
-  }
+  for (int v = 0; v < V; v += kStep) set_lanes(to, v, f(lanes<kStep>(from, v % kOf)...));
 }
 template <class C, int V, int kOf>
 __device__ inline void add_to(C (&to)[V], const C (&more)[kOf]) {

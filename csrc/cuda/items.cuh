@@ -93,7 +93,6 @@ class Items {
       before_ = before(channel);
       base_ = (row_of_memory * problem.hw - before_) / V;
       mask_base_ = row_of_memory * problem.mask_row_bytes();
-      mask_jump_ = static_cast<unsigned>((problem.c - 1) * problem.mask_row_bytes());
       if constexpr (kRagged) {
         const int64_t last = problem.numel() / V - 1 - base_;
         last_ = last < UINT32_MAX ? static_cast<unsigned>(last) : UINT32_MAX;
@@ -145,7 +144,8 @@ class Items {
     if constexpr (!kRows) return mask_first_ + static_cast<unsigned>(k) * mask_step_;
     const unsigned i = index(k);
     if constexpr (!kRagged) return offset_of(i) / kThreadsPerMaskByte<V>;
-    return sample(i) * mask_jump_ + i / kThreadsPerMaskByte<V>;
+    const unsigned jump = (static_cast<unsigned>(problem_.c) - 1) * row_items();
+    return (sample(i) * jump + i) / kThreadsPerMaskByte<V>;
   }
   __device__ unsigned bits_of_byte(unsigned byte) const {
     return byte >> (V * (threadIdx.x % kThreadsPerMaskByte<V>));
@@ -214,7 +214,7 @@ class Items {
   RowRange range_;
   int row_, full_, total_, first_bin_, before_ = 0;
   bool owns_, owns_rest_;
-  unsigned first_, step_, jump_ = 0, mask_first_ = 0, mask_step_ = 0, mask_jump_ = 0, last_ = 0;
+  unsigned first_, step_, jump_ = 0, mask_first_ = 0, mask_step_ = 0, last_ = 0;
   int64_t base_, mask_base_;
 };
 

@@ -41,18 +41,16 @@ struct Sums {
   }
 };
 
-// Adds an item's values to sums a and their products with others to b; the first of a tile sets
-// them.
+// Adds an item's values x to sums a, and x y to b; the first of a tile sets them.
 template <class C, int V>
 __device__ inline void add_products(C (&a)[V], C (&b)[V], const C (&x)[V], const C (&y)[V],
                                     bool is_first) {
-  if (is_first) {
+  constexpr int kStep = V % 2 == 0 ? 2 : 1;
 #pragma unroll
-    for (int v = 0; v < V; ++v) a[v] = x[v];
-    for_each(b, [](auto x, auto y) { return multiply(x, y); }, x, y);
-  } else {
-    add_to(a, x);
-    for_each(b, [](auto x, auto y, auto z) { return multiply_add(x, y, z); }, x, y, b);
+  for (int v = 0; v < V; v += kStep) {
+    const auto x_v = lanes<kStep>(x, v), y_v = lanes<kStep>(y, v);
+    set_lanes(a, v, is_first ? x_v : add(lanes<kStep>(a, v), x_v));
+    set_lanes(b, v, is_first ? multiply(x_v, y_v) : multiply_add(x_v, y_v, lanes<kStep>(b, v)));
   }
 }
 
