@@ -239,7 +239,7 @@ __device__ inline void reduce_backward(const BackwardCall& call, const Items& it
     }
     sums.template add<V>(a, b);
   });
-  const double least = static_cast<double>(call.problem.count()) * 0x1p-100;
+  const double least = items.most() * 0x1p-100;
   settle<GradSums>(
       sums, call.plan, shared, channels, shared.results,
       [&] {

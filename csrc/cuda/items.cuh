@@ -160,11 +160,13 @@ class Items {
     return plan_.bins_per_channel == 1 ? bin(v) : bin(v) / static_cast<int>(plan_.bins_per_channel);
   }
 
-  // Of a channel of the group, in this block: its values, and where the k-th of kPlaces is in the
-  // tensor.
+  // Of a channel of the group, in this block: how many values at most, how many, and where the
+  // k-th of kPlaces is in the tensor.
+  __device__ double most() const {
+    return static_cast<double>(range_.count) * (kRows ? V : plan_.bins_per_channel);
+  }
   __device__ double count(int64_t group, int channel) const {
-    if constexpr (!kRows) return static_cast<double>(range_.count) * plan_.bins_per_channel;
-    if constexpr (kEnds == Ends::kWhole) return static_cast<double>(range_.count) * V;
+    if constexpr (!kRagged) return most();
     const int64_t c = group * plan_.group + channel;
     const auto values_before = [&](int64_t row) {
       return row / plan_.row_items * problem_.hw + place_in_row(row, c, 0, problem_.hw);
