@@ -51,9 +51,10 @@ def test_bytes_of_every_plan(problem, device) -> None:
     p = _C.plan(*problem, device)
     tensor = n * c * hw * SIZES[dtype]
     # One channel is one run of memory; one pixel makes both formats the same.
-    rows, width = (n * hw, c) if channels_last or hw == 1 else (n * c, hw)
-    rows, width = (1, n * hw) if c == 1 else (rows, width)
-    mask = rows * ceil(width, 8) if act == "relu" and residual else 0
+    by_pixels = c > 1 and (channels_last or hw == 1)
+    rows, width = (n * hw, c) if by_pixels else (n * c, hw) if c > 1 else (1, n * hw)
+    row_bytes = ceil(width, 8) + (0 if by_pixels else (width % 8 + 6) // 8)  # see csrc/problem.h
+    mask = rows * row_bytes if act == "relu" and residual else 0
     again = tensor if act == "silu" and residual and "backward" in stage else 0
     # Forward reads x and writes y; backward reads x and dy, writes dx; a residual is one more.
     least = (2 if "forward" in stage else 3) * tensor
