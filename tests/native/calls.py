@@ -132,9 +132,13 @@ def is_channels_last(x: Tensor) -> bool:
 
 
 def problem(x: Tensor, stage: str, **fields) -> Problem:
-    n, c = x.shape[:2]
+    """As the ops describe it: see canonical() in csrc/problem.h."""
+    n, c, hw = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+    channels_last = c > 1 and (hw == 1 or is_channels_last(x))
+    if c == 1:
+        n, hw = 1, n * hw
     p = Problem(
-        STAGES.index(stage), n, c, math.prod(x.shape[2:]), is_channels_last(x),
+        STAGES.index(stage), n, c, hw, channels_last,
         DTYPES.index(x.dtype), 0, False, False, True, True, False, 16,
     )  # fmt: skip
     act = ACTIVATIONS[fields.pop("act", None)]
