@@ -7,7 +7,8 @@ from pathlib import Path
 try:
     import rich  # noqa: F401
 except ModuleNotFoundError as missing:
-    sys.exit(f"python -m benchmarks: {missing}: pip install 'bnext[bench]'")
+    print(f"python -m benchmarks: {missing}: pip install 'bnext[bench]'", file=sys.stderr)
+    sys.exit(2)
 import torch
 
 import bnext
@@ -134,8 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     kernel.add_argument("--budget", type=duration, help="seconds per case, direction and allocator")
     kernel.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    tables = command("summary", summary, lambda args, facts: summary.run(args.file))
-    tables.add_argument("file", type=Path, help="a kernels.csv; the chart is put beside it")
+    tables = command("summary", summary, lambda args, facts: summary.run(args.out, args.file))
+    tables.add_argument("file", type=Path, help="a kernels.csv")
     on_gpu = command("gpu", gpu, _gpu)
     on_gpu.add_argument(
         "--device", type=device_argument, default="cuda", help="cuda, cuda:1; cpu: a smoke test"
@@ -151,10 +152,7 @@ def _parser() -> argparse.ArgumentParser:
     on_gpu.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     network = command("resnet50", resnet50, _resnet50)
     network.add_argument(
-        "--device",
-        type=device_argument,
-        default="cuda",
-        help="or cpu, cuda:1 (%(default)s)",
+        "--device", type=device_argument, default="cuda", help="or cpu, cuda:1 (%(default)s)"
     )
     network.add_argument("--batch", type=at_least(1), help="images (default 256; 8 on a CPU)")
     network.add_argument(

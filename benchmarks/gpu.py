@@ -186,12 +186,10 @@ def run(
         return 1
     for table in report.gpu_tables(this.timings):
         console.print(table)
-    try:
+    with report.plotting(console):
         from benchmarks import plots
 
         plots.largest(out / "gpu-bandwidth.png", this.timings, facts)
         plots.speedup(out / "gpu-speedup.png", this.timings, facts)
-    except ImportError as error:
-        console.print(f"No plots: {error}")
-    console.print(f"Measured {facts['cases']}. Written to {out}/gpu.csv and gpu-*.png")
+    console.print(f"Measured {facts['cases']}. Written to {out}/gpu*")
     return int(this.failed)

@@ -83,12 +83,13 @@ def run(
     for allocator, meaning in ALLOCATORS.items():
         console.print(f"{allocator} allocator: {meaning}.", highlight=False)
     console.print(report.facts_table(facts))
-    from benchmarks import plots  # needs matplotlib
-
     found_times = write(out, facts, timings)
-    plots.speedups(out / "speedup.png", facts, found_times)
+    with report.plotting(console):
+        from benchmarks import plots
+
+        plots.speedups(out / "speedup.png", facts, found_times)
     console.print(summary.headline(facts, found_times), highlight=False)
-    console.print(f"Written to {out}/kernels.csv and speedup.png", highlight=False)
+    console.print(f"Written to {out}/kernels.csv, speedup.png", highlight=False)
     return 0
 
 

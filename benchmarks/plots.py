@@ -12,7 +12,7 @@ from benchmarks.cases import DIRECTIONS
 
 COLORS = {
     "bnext": "tab:blue", "eager": "tab:orange", "aten": "tab:red", "compile": "tab:green",
-    "onednn": "tab:purple", "copy": "black",
+    "copy": "black",
 }  # fmt: skip
 
 

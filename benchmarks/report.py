@@ -1,17 +1,19 @@
 """Tables (rich) and CSV; all of them say where the numbers come from."""
 
+import contextlib
 import csv
 import datetime
 import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.box import SIMPLE
+from rich.console import Console
 from rich.table import Table
 
 import bnext
@@ -324,6 +326,15 @@ def write_csv(path: Path, facts: Mapping[str, str], rows: Iterable[dict[str, Any
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+@contextlib.contextmanager
+def plotting(console: Console) -> Iterator[None]:
+    """Around what needs matplotlib: without it there are no plots, and nothing measured is lost."""
+    try:
+        yield
+    except ImportError as error:
+        console.print(f"No plots: {error}", highlight=False)
 
 
 def caption(facts: Mapping[str, str]) -> str:

@@ -15,6 +15,7 @@ import ninja
 
 import setup
 from benchmarks import report
+from benchmarks.arguments import BadArgumentError
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc" / "cuda"
@@ -297,6 +298,9 @@ def run(out: Path, archs: list[str], pattern: str) -> int:
     except MissingToolError as error:
         print(f"sass: not counted: {error}", file=sys.stderr)
         return 1
+    shown = [k for k in kernels if re.search(pattern, k.kernel)]
+    if not shown:
+        raise BadArgumentError(f"argument --filter: {pattern!r} matches no kernel")
     facts = {key: report.provenance()[key] for key in ("date", "commit", "bnext")}
     facts |= {"nvcc": setup.probe_cuda().version, "counted": "instructions an element"}
     report.write_csv(out / "sass.csv", facts, ({
@@ -307,11 +311,10 @@ def run(out: Path, archs: list[str], pattern: str) -> int:
         f"{'copy':>5} {'reduce':>6} {'apply':>6} {'all':>6} {'fp64':>5} {'conv':>5} "
         "regs warps local"
     )
-    for k in kernels:
-        if re.search(pattern, k.kernel):
-            print(
-                f"{k.copy:5.2f} {k.reduce:6.2f} {k.apply:6.2f} {k.total:6.2f} {k.fp64:5.2f} "
-                f"{k.conversions:5.2f} {k.registers:4} {k.warps:5} {k.local:5}  {k.arch} {k.kernel}"
-            )
+    for k in shown:
+        print(
+            f"{k.copy:5.2f} {k.reduce:6.2f} {k.apply:6.2f} {k.total:6.2f} {k.fp64:5.2f} "
+            f"{k.conversions:5.2f} {k.registers:4} {k.warps:5} {k.local:5}  {k.arch} {k.kernel}"
+        )
     print(f"{len(kernels)} kernels in {out / 'sass.csv'}")
     return 0

@@ -7,6 +7,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rich.console import Console
+
 from benchmarks.arguments import BadArgumentError
 
 ALLOCATORS = ("fresh", "warm")
@@ -123,15 +125,18 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join([head, rule, *rest])
 
 
-def run(file: Path) -> int:
+def run(out: Path, file: Path) -> int:
     """Prints the tables of a kernels.csv in Markdown and draws its chart, speedup.png."""
-    if not file.is_file():
-        raise BadArgumentError(f"argument file: expected a kernels.csv, got {file}")
-    from benchmarks import plots  # needs matplotlib
+    try:
+        facts, rows = read(file)
+        found = times(rows)
+        print(f"{headline(facts, found)}\n\n{plain_table(found)}\n\n{fused_table(found)}\n")
+    except (OSError, KeyError, ValueError):
+        raise BadArgumentError(f"argument file: expected a kernels.csv, got {file}") from None
+    from benchmarks import plots, report
 
-    facts, rows = read(file)
-    found = times(rows)
-    chart = file.with_name("speedup.png")
-    plots.speedups(chart, facts, found)
-    print(f"{headline(facts, found)}\n\n{plain_table(found)}\n\n{fused_table(found)}\n\n{chart}")
+    with report.plotting(Console()):
+        out.mkdir(parents=True, exist_ok=True)
+        plots.speedups(out / "speedup.png", facts, found)
+        print(f"Written to {out}/speedup.png")
     return 0

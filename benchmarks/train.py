@@ -131,8 +131,9 @@ def run(out: Path, facts: dict[str, str], epochs: int) -> int:
     for name in ("first steps", "test accuracy"):
         console.print(f"{name}: {facts[name]}", highlight=False)
     _write(out, facts, runs)
-    _plot(out, facts, runs)
-    console.print(f"Written to {out}/train.csv and train.png", highlight=False)
+    with report.plotting(console):
+        _plot(out, facts, runs)
+    console.print(f"Written to {out}/train.csv, train.png", highlight=False)
     if not first <= TOLERANCE:
         console.print("[red]the losses differ by more than roundings at the start[/red]")
         return 1
@@ -179,7 +180,7 @@ def _write(out: Path, facts: dict[str, str], runs: dict[str, Run]) -> None:
 
 
 def _plot(out: Path, facts: dict[str, str], runs: dict[str, Run]) -> None:
-    from matplotlib.figure import Figure  # for plots alone
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss_axis, accuracy_axis = figure.subplots(1, 2)

@@ -345,10 +345,7 @@ def main(arguments: Sequence[str], say: Callable[[str], object]) -> int:
     parser = Parser("python -m bnext.verify", description=__doc__)
     default = "cuda" if build_info()["cuda"] and torch.cuda.is_available() else "cpu"
     parser.add_argument(
-        "--device",
-        type=device_argument,
-        default=default,
-        help="cpu, cuda, cuda:1, ... (%(default)s)",
+        "--device", type=device_argument, default=default, help="cpu, cuda, cuda:1 (%(default)s)"
     )
     parser.add_argument("--small", action="store_true", help="tiny cases, for compute-sanitizer")
     families = sorted({family for family, _ in CUDA_CHOICES.values()} - {""})

@@ -4,15 +4,20 @@ import torch
 from torch import Tensor
 
 
+def row_bytes_of(c: int, hw: int, channels_last: bool) -> int:
+    """Of a row of memory."""
+    return (c + 7) // 8 if channels_last else (hw + 7) // 8 + (hw % 8 + 6) // 8
+
+
 def places(x: Tensor, cuda: bool) -> tuple[Tensor, tuple[int, int]]:
     """The place of each element's bit, in x's shape, and the shape of the mask."""
     n, c, hw = x.shape[0], x.shape[1], x[0, 0].numel()
     if c > 1 and (hw == 1 or not x.is_contiguous()):
-        row_bytes = -(-c // 8)
+        row_bytes = row_bytes_of(c, hw, True)
         found = 8 * row_bytes * torch.arange(n * hw).unsqueeze(1) + torch.arange(c)
         return found.view(n, hw, c).transpose(1, 2).reshape(x.shape), (n * hw, row_bytes)
     rows, width = (n * c, hw) if c > 1 else (1, n * hw)
-    row_bytes = -(-width // 8) + (width % 8 + 6) // 8
+    row_bytes = row_bytes_of(c, width, False)
     starts = torch.arange(rows)
     if not cuda:
         starts *= 8 * -(-width // 8)

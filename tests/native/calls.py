@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+import masks
 from bnext._activation import ACTIVATIONS
 from native.emulated import Emulator, Limits
 
@@ -213,9 +214,8 @@ def save_stats(mean: Tensor, invstd: Tensor) -> Tensor:
 
 
 def mask_shape(p: Problem) -> tuple[int, int]:
-    if p.channels_last:
-        return p.n * p.hw, (p.c + 7) // 8
-    return p.n * p.c, (p.hw + 7) // 8 + (p.hw % 8 + 6) // 8
+    rows = p.n * (p.hw if p.channels_last else p.c)
+    return rows, masks.row_bytes_of(p.c, p.hw, p.channels_last)
 
 
 def forward(e: Emulator, plan: CudaPlan, p: Problem, x: Tensor, *, weight=None, bias=None,

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import bnext
+import masks
 from bnext import _C
 
 KIB, MIB = 1024, 1024 * 1024
@@ -52,8 +53,8 @@ def test_bytes_of_every_plan(problem, device) -> None:
     tensor = n * c * hw * SIZES[dtype]
     # One channel is one run of memory; one pixel makes both formats the same.
     by_pixels = c > 1 and (channels_last or hw == 1)
-    rows, width = (n * hw, c) if by_pixels else (n * c, hw) if c > 1 else (1, n * hw)
-    row_bytes = ceil(width, 8) + (0 if by_pixels else (width % 8 + 6) // 8)  # see csrc/problem.h
+    rows, width = (n * hw if by_pixels else n * c, hw) if c > 1 else (1, n * hw)
+    row_bytes = masks.row_bytes_of(c, width, by_pixels)
     mask = rows * row_bytes if act == "relu" and residual else 0
     again = tensor if act == "silu" and residual and "backward" in stage else 0
     # Forward reads x and writes y; backward reads x and dy, writes dx; a residual is one more.

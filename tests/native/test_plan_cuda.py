@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 import bnext.introspect
+import masks
 from bnext import _C
 
 KIB, MIB = 1024, 1024 * 1024
@@ -152,7 +153,7 @@ def check(problem, gpu, p, needs=(True, True), alignment=16) -> None:
     # Bytes.
     tensor = prod((n, c, hw)) * size
     reads = (operands if needs[1] or act != "none" or training else 1) * tensor
-    mask = n * hw * ceil(c, 8) if channels_last else n * c * (ceil(hw, 8) + (hw % 8 + 6) // 8)
+    mask = n * (hw if channels_last else c) * masks.row_bytes_of(c, hw, channels_last)
     added = {"none": 0, "relu": mask, "silu": tensor * backward}[act]
     floor = reads + needs[0] * tensor + residual * (tensor + added)
     assert p.bytes_floor == floor

@@ -1,14 +1,16 @@
 """The benchmarks' command line: wrong arguments, interruptions, and what is made of the figures."""
 
 import csv
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import benchmarks
 import bnext
 from benchmarks import __main__ as command
-from benchmarks import accuracy, cpu_clock, demo, models, report, summary
+from benchmarks import accuracy, cpu_clock, models, report, sass, summary
 from benchmarks.cases import Case
 from benchmarks.cpu_clock import Timing
 
@@ -59,6 +61,8 @@ def status(arguments: list[str]) -> int:
         ("gpu --device nonsense", "expected cpu, cuda or cuda:<number>, got 'nonsense'"),
         ("accuracy --device meta", "expected cpu, cuda or cuda:<number>, got 'meta'"),
         ("summary nowhere.csv", "expected a kernels.csv, got nowhere.csv"),
+        ("summary README.md", "expected a kernels.csv, got README.md"),
+        ("summary benchmarks/results/sass/sass.csv", "expected a kernels.csv, got benchmarks/"),
         ("kernel", "invalid choice: 'kernel'"),
         ("sass --filter (", "expected a regular expression"),
         ("sass --arch nonsense", "--arch: expected an architecture such as sm_90, got 'nonsense'"),
@@ -92,6 +96,33 @@ def test_dram_without_its_profiler_is_one_line(tmp_path, monkeypatch, capsys) ->
     monkeypatch.setenv("PATH", str(tmp_path))
     assert status(["dram", "--device", "cpu", "--out", str(tmp_path)]) == 2
     assert "ncu (Nsight Compute) is not on PATH\n" in capsys.readouterr().err
+
+
+def test_a_filter_of_counts_that_matches_nothing(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sass, "objects", list)
+    monkeypatch.setattr(sass, "compile_kernels", lambda wanted: tmp_path)
+    assert status(["sass", "--filter", "nothing", "--out", str(tmp_path / "out")]) == 2
+    assert "--filter: 'nothing' matches no kernel\n" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "file"),
+    [
+        ("kernels --quick --no-compile --filter 7x7.*float32.*bn$", "kernels.csv"),
+        ("train --quick", "train.csv"),
+        ("gpu --quick --no-compile --device cpu --filter 125x --budget 0", "gpu.csv"),
+    ],
+)
+def test_without_matplotlib_nothing_measured_is_lost(
+    arguments, file, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.delitem(sys.modules, "benchmarks.plots", raising=False)
+    monkeypatch.delattr(benchmarks, "plots", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert status([*arguments.split(), "--out", str(tmp_path)]) == 0
+    assert "No plots: " in capsys.readouterr().out
+    assert read(tmp_path / file) and not list(tmp_path.glob("*.png"))
 
 
 @pytest.mark.parametrize("name", ["kernels", "overhead", "train", "gpu"])
@@ -174,7 +205,7 @@ def test_nothing_is_timed_where_bnext_is_wrong(tmp_path, monkeypatch) -> None:
 
     wrong = {"bnext": check.Verdict(1.0, ["wrong"]), "eager": check.Verdict(0.0, [])}
     monkeypatch.setattr(kernels, "check", lambda case, subjects: wrong)
-    monkeypatch.setattr(demo, "_timings", lambda *args: pytest.fail("timed"))
+    monkeypatch.setattr(kernels, "measure", lambda *args: pytest.fail("timed"))
     assert command.main(["demo", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert not (tmp_path / "demo.csv").exists()
 

@@ -11,6 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 import bnext  # noqa: F401  (registers the ops)
+import masks
 
 OPS = {
     "train": torch.ops.bnext.batch_norm_train.default,
@@ -193,7 +194,7 @@ def has_the_mask_of_another_format(op: object, args: Args, real: object) -> bool
     x, mask = args[5 if name == "double_backward" else 1], args[places[name]]
     assert isinstance(x, Tensor) and isinstance(mask, Tensor)
     n, c, hw = x.shape[0], x.shape[1], math.prod(x.shape[2:])
-    sizes = {n * c * ((hw + 7) // 8 + (hw % 8 + 6) // 8), n * hw * ((c + 7) // 8)}
+    sizes = {n * c * masks.row_bytes_of(c, hw, False), n * hw * masks.row_bytes_of(c, hw, True)}
     return x.dim() > 3 and mask.dtype == torch.uint8 and mask.numel() in sizes
 
 
