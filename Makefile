@@ -98,7 +98,9 @@ sanitize: $(VENV)/with-test
 	tests/sanitize.sh $(PYTEST_ARGS)
 
 # The sdist and the wheels, tested: make wheels WHEELS_ARGS="python3.11 --under a/bin/python"
-wheels: $(VENV)/with-release
+# The release tools bring nvcc where there is none, so what is built for them does without.
+wheels:
+	$(MAKE) $(if $(shell command -v nvcc),,BNEXT_CUDA=0) $(VENV)/with-release
 	python tests/packaging/wheels.py --torch "$(TORCH)" $(WHEELS_ARGS)
 
 # What .ci/run holds pip to.
