@@ -17,12 +17,13 @@ struct Pair {
   double a = 0, b = 0;
 };
 
-// What becomes of a channel's sums: coefficients.
+// What becomes of a channel's sums: coefficients, aligned for the widest access. Sums lie before
+// them.
 template <class C>
-struct alignas(4 * sizeof(C)) Quad {
+struct alignas(16) Quad {
   C x, y, z, w;
 };
-static_assert(sizeof(Quad<double>) <= kResultBytes);
+static_assert(sizeof(Quad<double>) <= kResultBytes && kSumBytes % alignof(Quad<double>) == 0);
 
 // The dynamic shared memory of a block, as CudaPlan::shared_bytes counts it.
 struct SharedLayout {

@@ -80,9 +80,9 @@ struct CudaPlan {
   int64_t bytes_moved, bytes_floor;
 
   constexpr int64_t group_bins() const { return group * bins_per_channel; }
-  // Of a warp's sums, before the warps of a block join theirs; what follows is aligned to 32 bytes.
+  // Of a warp's sums, before the warps of a block join theirs.
   constexpr int64_t scratch_bytes() const {
-    return round_up(threads / warp_rows * (map == IndexMap::kRows ? 1 : vector) * kSumBytes, 32);
+    return threads / warp_rows * (map == IndexMap::kRows ? 1 : vector) * kSumBytes;
   }
 
   // visit(name, pointer to member) for every field: for text, bindings and tests.

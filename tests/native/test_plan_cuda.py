@@ -127,7 +127,7 @@ def check(problem, gpu, p, needs=(True, True), alignment=16) -> None:
     bins_of_thread = 1 if p.index_map == "rows" else p.vector
     channel = PARTIAL_BYTES + RECORD_BYTES + RESULT_BYTES + PREPARED_BYTES * backward
     assert p.slab_bytes == slabs
-    scratch = ceil(p.threads // p.warp_rows * bins_of_thread * 16, 32) * 32
+    scratch = p.threads // p.warp_rows * bins_of_thread * 16
     assert p.shared_bytes == slabs + scratch + p.group * channel
     assert p.shared_bytes <= gpu.shared_bytes_per_block
     assert 1 <= p.teams * p.team_blocks < 2**31
