@@ -41,7 +41,8 @@ _INSTRUCTIONS = {
 # More of them: of the activation's kind, forward and backward, and outside of the hot loops.
 _ACTIVATION = {"nothing": (0.0, 0.0), "sign": (0.0, 2.0), "sum": (5.0, 16.0)}
 OUTSIDE = 3.0
-_RAGGED = 9.0  # of rows whose ends are masked
+# Of rows whose ends are masked, and of slices of channels, whose ends are stored one by one.
+_ENDS = {"whole": 0.0, "ragged": 9.0, "sliced": 4.0}
 # What is left of them, without the activation's, where an instruction takes two floats:
 # compute capability 10.x.
 _PAIRED = 0.76
@@ -62,8 +63,7 @@ def instructions(
     """Of an element, with the activation's and those outside of the hot loops."""
     share = _PAIRED if capability // 10 == 10 else 1.0
     wide = share * _INSTRUCTIONS[stage] + _ACTIVATION[needs]["backward" in stage] + OUTSIDE
-    if ends == "ragged":
-        wide += _RAGGED
+    wide += _ENDS[ends]
     # An access costs about as much whatever it holds.
     return wide * (0.5 + 0.5 * 16 / access_bytes)
 
@@ -71,7 +71,7 @@ def instructions(
 def predict(
     plan: _C.CudaPlan,
     device: _C.CudaInfo,
-    elements: int,
+    elements: float,
     element_bytes: int,
     stage: str,
     needs: str,
@@ -85,7 +85,11 @@ def predict(
         return None
     copy_rate = speed.bytes_per_s * _COPY_SHARE
     access_bytes = plan.vector * element_bytes
-    issued = elements * instructions(stage, needs, access_bytes, plan.ends, device.capability)
+    ends = plan.ends
+    if ends == "ragged" and plan.index_map == "columns":
+        ends = "sliced"
+        elements *= 32 // plan.warp_rows * plan.warp_sets * plan.vector / plan.group  # some idle
+    issued = elements * instructions(stage, needs, access_bytes, ends, device.capability)
     issue_rate = device.sms * 4 * 32 * speed.clock_hz * _ISSUE_SHARE
     turns = -(-plan.groups // plan.teams) if plan.family == "resident" else plan.launches
     # Blocks that run side by side hide each other's exchanges.

@@ -21,6 +21,12 @@ inline Act check_act(int64_t act) {
   fail("bnext: act: expected a kind of activation, one of ", kinds, ", got ", act);
 }
 
+// A dense tensor, aligned where a GPU's kernels need that.
+inline Tensor as_kernels_take_it(const Tensor& t, const Input& x) {
+  const bool on_gpu = x.device.type == static_cast<int32_t>(torch::headeronly::DeviceType::CUDA);
+  return on_gpu && x.problem.needs_aligned_slices() ? as_aligned(t) : t;
+}
+
 // As in torch, an empty tensor of one dimension passes: it has no channels.
 inline Input check_input(const Tensor& input, Stage stage, Act act) {
   check_given("input", input);
@@ -37,8 +43,10 @@ inline Input check_input(const Tensor& input, Stage stage, Act act) {
   const bool channels_last = !contiguous && is_channels_last(input);
   const Problem p{stage, sizes[0], dim > 1 ? sizes[1] : 0, hw, channels_last, *dtype, act,
                   false, false};
-  return {contiguous ? input : as_dense(input, channels_last), device_of(input), canonical(p),
+  Input x{contiguous ? input : as_dense(input, channels_last), device_of(input), canonical(p),
           channels_last};
+  x.tensor = as_kernels_take_it(x.tensor, x);
+  return x;
 }
 
 inline void check_device(const char* name, const Tensor& t, const Input& x) {
@@ -60,7 +68,7 @@ inline Tensor check_like_input(const char* name, const Tensor& t, const Input& x
   for (size_t d = 0; same && d < sizes.size(); ++d) same = sizes[d] == expected[d];
   BNEXT_CHECK(same, name, ": expected input's shape ", shape_string(x.tensor), ", got ",
               shape_string(t));
-  return as_dense(t, x.channels_last);
+  return as_kernels_take_it(as_dense(t, x.channels_last), x);
 }
 
 inline OptionalTensor check_like_input(const char* name, const OptionalTensor& t, const Input& x) {

@@ -91,10 +91,21 @@ struct Problem {
   constexpr int64_t numel() const { return n * c * hw; }
   constexpr int64_t count() const { return n * hw; }  // values per channel
   constexpr int64_t bytes() const { return numel() * element_size(dtype); }
-  // The 1-bit mask: rows of memory in whole bytes, those of [n, c, hw] of as many as they touch if
-  // bits lie in bytes as elements in aligned items. How they lie is the backend's.
+  // Rows of channels that accesses of four do not divide are cut into slices of at most so many, as
+  // few as can be: 16 bytes of a mask take them, wherever they begin in the first one.
+  static constexpr int64_t kMaxSlice = 15 * 8 + 1;
+  constexpr bool is_sliced() const { return channels_last && c % 4 != 0; }
+  constexpr int64_t slice() const { return ceil_div(c, ceil_div(c, kMaxSlice)); }
+  constexpr int64_t slice_bytes() const { return ceil_div(slice() + 7, 8); }
+  // Whether a mask of slices is by aligned items, wherever the tensors begin.
+  constexpr bool needs_aligned_slices() const {
+    return is_sliced() && numel() % 8 == 0 && dtype != DType::kFloat64;
+  }
+  // The 1-bit mask: rows of memory in whole bytes, slices and those of [n, c, hw] of as many as
+  // they touch if bits lie in bytes as elements in aligned items. How they lie is the backend's.
   constexpr int64_t mask_rows() const { return channels_last ? n * hw : n * c; }
   constexpr int64_t mask_row_bytes() const {
+    if (is_sliced()) return ceil_div(c, slice()) * slice_bytes();
     return channels_last ? ceil_div(c, 8) : ceil_div(hw, 8) + (hw % 8 + 6) / 8;
   }
   // Whether elements are written, and not only sums.

@@ -160,6 +160,16 @@ inline Tensor as_dense(const Tensor& t, bool channels_last) {
   }
 }
 
+// t itself if its memory begins at a multiple of 16 bytes, else a copy.
+inline Tensor as_aligned(const Tensor& t) {
+  if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0) return t;
+  try {
+    return torch::stable::clone(t);
+  } catch (const std::exception&) {
+    fail("bnext: an aligned copy of ", shape_string(t), ": ", shim_error());
+  }
+}
+
 // The input of an op and the problem it poses.
 struct Input {
   Tensor tensor;  // dense

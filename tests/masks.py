@@ -6,7 +6,18 @@ from torch import Tensor
 
 def row_bytes_of(c: int, hw: int, channels_last: bool) -> int:
     """Of a row of memory."""
-    return (c + 7) // 8 if channels_last else (hw + 7) // 8 + (hw % 8 + 6) // 8
+    if not channels_last:
+        return (hw + 7) // 8 + (hw % 8 + 6) // 8
+    if c % 4 == 0:
+        return (c + 7) // 8
+    width = slice_of(c)
+    return -(-c // width) * ((width + 14) // 8)
+
+
+def slice_of(c: int) -> int:
+    """Of channels that four does not divide: as few slices as can be of at most 121."""
+    slices = -(-c // 121)
+    return -(-c // slices)
 
 
 def places(x: Tensor, cuda: bool) -> tuple[Tensor, tuple[int, int]]:
@@ -14,7 +25,18 @@ def places(x: Tensor, cuda: bool) -> tuple[Tensor, tuple[int, int]]:
     n, c, hw = x.shape[0], x.shape[1], x[0, 0].numel()
     if c > 1 and (hw == 1 or not x.is_contiguous()):
         row_bytes = row_bytes_of(c, hw, True)
-        found = 8 * row_bytes * torch.arange(n * hw).unsqueeze(1) + torch.arange(c)
+        pixels, channels = torch.arange(n * hw).unsqueeze(1), torch.arange(c)
+        if not cuda:
+            found = 8 * -(-c // 8) * pixels + channels
+        elif c % 4 == 0:
+            found = 8 * row_bytes * pixels + channels
+        else:  # as elements lie in aligned items, where items fill memory
+            width = slice_of(c)
+            which, within = channels // width, channels % width
+            starts = 8 * (row_bytes * pixels + (width + 14) // 8 * which)
+            if x.numel() % 8 == 0 and x.dtype != torch.float64:
+                starts += (pixels * c + which * width) % 8
+            found = starts + within
         return found.view(n, hw, c).transpose(1, 2).reshape(x.shape), (n * hw, row_bytes)
     rows, width = (n * c, hw) if c > 1 else (1, n * hw)
     row_bytes = row_bytes_of(c, width, False)

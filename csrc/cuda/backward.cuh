@@ -241,7 +241,7 @@ __device__ inline void reduce_backward(const BackwardCall& call, const Items& it
   });
   const double least = items.most() * 0x1p-100;
   settle<GradSums>(
-      sums, call.plan, shared, channels, shared.results,
+      items, sums, call.plan, shared, channels, shared.results,
       [&] {
         sum_again<V>(items, sums, [&](int k, int v, double& a, double& b) {
           if (!items.has(k, v)) return;

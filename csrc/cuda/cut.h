@@ -37,6 +37,8 @@ struct Layout {
   std::vector<int64_t> groups;  // channels of a group, to choose from: widest first
   bool interleaved = false;
   Ends ends = Ends::kWhole;
+
+  bool is_sliced() const { return map == IndexMap::kColumns && ends == Ends::kRagged; }
 };
 
 // Bytes of one channel's input (backward: and gradient) that a resident team holds.
@@ -48,6 +50,11 @@ int most_vector(const Problem& p) {
   if (p.stage == Stage::kDoubleBackward) return kMaxDoubleBackwardVector;
   if (is_backward(p.stage) && !has_gate_of_its_own(p)) return kMaxSharedBackwardVector;
   return kMaskBits;
+}
+
+int widest(const Problem& p) {
+  if (p.dtype == DType::kFloat64) return 1;
+  return std::min(static_cast<int>(16 / element_size(p.dtype)), most_vector(p));
 }
 
 std::vector<int> vectors(const Problem& p) {
@@ -114,7 +121,8 @@ Layout choose_layout(const Problem& p, const CudaInfo& cuda) {
   const bool divides = p.hw > 4 && p.hw % 4 == 0 && fit.front() >= 4;
   for (const int v : fit) {
     if (p.channels_last) {
-      if (p.c % v == 0) return {IndexMap::kColumns, v, 1, column_groups(p, 1, v)};
+      const bool has_slices = p.has_mask && p.is_sliced();
+      if (p.c % v == 0 && !has_slices) return {IndexMap::kColumns, v, 1, column_groups(p, 1, v)};
       // Three channels: every eight pixels begin at an aligned address again. One group has all
       // channels, and at most as many items.
       const int64_t pixels = v / std::gcd<int64_t>(p.c, v);
@@ -122,6 +130,10 @@ Layout choose_layout(const Problem& p, const CudaInfo& cuda) {
       if (!p.has_mask && p.c % 4 != 0 && p.count() % pixels == 0 && p.c <= kMaxGroup &&
           shared <= cuda.shared_bytes_per_block)
         return {IndexMap::kColumns, v, pixels, {p.c}, true};
+      if (v == 1 && p.needs_aligned_slices())
+        throw std::invalid_argument("bnext: a mask of slices of channels, but unaligned tensors");
+      if (v == 1 || (p.is_sliced() && p.numel() % kMaskBits == 0 && v == widest(p)))
+        return {IndexMap::kColumns, v, 1, {p.slice()}, false, Ends::kRagged};
       continue;
     }
     const int64_t unit = row_unit(p, v);
@@ -132,15 +144,20 @@ Layout choose_layout(const Problem& p, const CudaInfo& cuda) {
     if (columns && (is_short || !(rows || divides)))
       return {IndexMap::kColumns, v, p.hw, column_groups(p, p.hw, v)};
     // Rows of odd length begin at the same place of an aligned item in each sample, or at its
-    // start. A double backward takes whole items.
+    // start.
     const bool whole_items = p.hw % v == 0;
     const bool ragged = p.hw % unit != 0 && (p.has_mask || !divides) &&
-                        (whole_items || p.c * p.hw % unit == 0) && p.hw < kMaxRaggedRow &&
-                        (whole_items || p.stage != Stage::kDoubleBackward);
+                        (whole_items || p.c * p.hw % unit == 0) && p.hw < kMaxRaggedRow;
     const Ends ends = ragged ? Ends::kRagged : Ends::kWhole;
     if (rows || ragged) return {IndexMap::kRows, v, 1, {row_group(p, cuda, v)}, false, ends};
   }
   throw std::invalid_argument("bnext: a mask of rows of more than 2^31 elements, not whole bytes");
+}
+
+// Items that the widest spread of a slice over them takes.
+int64_t items_of_slice(const Problem& p, int vector) {
+  if (p.has_mask) return p.slice_bytes() * kMaskBits / vector;
+  return ceil_div(vector - 1 + p.slice(), vector);
 }
 
 // Ragged rows of as many items as the widest spread of one over them takes.
@@ -168,7 +185,8 @@ void set_threads(CudaPlan& plan, const Problem& p, int threads) {
 
 // Down to three quarters of the threads, where that leaves fewer slots of the slab empty.
 void fit_threads(CudaPlan& plan, const Problem& p) {
-  const int most = plan.threads, unit = kWarpThreads * plan.warp_sets;
+  const int most = plan.threads;
+  const int unit = kWarpThreads * (plan.has_phases() ? kSliceRows : plan.warp_sets);
   int best = most;
   const auto slots = [&](int threads) {
     set_threads(plan, p, threads);
@@ -218,9 +236,11 @@ CudaPlan cut(const Problem& p, const Layout& layout, int64_t group, int64_t team
     plan.warp_sets = static_cast<int>(group);
     if (p.n > 1) set_divisor(plan, plan.row_items);
   } else {
-    plan.row_items = p.c * layout.bins_per_channel / plan.vector;
+    plan.ends = layout.ends;
+    plan.row_items = ceil_div(p.c * layout.bins_per_channel, plan.vector);
     plan.rows = p.channels_last ? p.count() / layout.bins_per_channel : p.n;
-    const int64_t items = ceil_div(plan.group_bins(), plan.vector);
+    const int64_t items = plan.is_sliced() ? items_of_slice(p, plan.vector)
+                                           : ceil_div(plan.group_bins(), plan.vector);
     // Neighbours in a byte of a mask are neighbours in a warp.
     int64_t columns = p.has_mask ? kMaskBits / plan.vector : 1;
     while (columns < items && columns < kWarpThreads) columns *= 2;

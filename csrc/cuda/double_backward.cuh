@@ -138,6 +138,7 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
     const auto values = operands(k, items(k));
 #pragma unroll
     for (int v = 0; v < V; ++v) {
+      if (!items.has(k, v)) continue;
       const double u = static_cast<double>(values.u[v]), g = static_cast<double>(values.g[v]);
       const double xmu = static_cast<double>(values.x[v]) - static_cast<double>(operands.mean(v));
       const int bin = v % kBins;
@@ -149,7 +150,7 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
   DoubleBackwardSums* const to = double_backward_sums_of(call, team, rank);
 #pragma unroll
   for (int pair = 0; pair < kDoubleBackwardPairs; ++pair) {
-    join_threads(sums[pair], plan, shared, channels,
+    join_threads(items, sums[pair], plan, shared, channels,
                  [&](int channel, const Pair& values) { set_pair(to[channel], pair, values); });
     sync_block();  // the scratch memory is free again
   }
@@ -204,6 +205,7 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
   Item<T, V>* const grad_grad_out = items_in<T, V>(args.grad_grad_out, items);
   Item<T, V>* const grad_input = items_in<T, V>(args.grad_input, items);
   if (!args.grad_grad_out && !args.grad_input) return;
+  const Keep keep(plan.keeps_output);
 #pragma unroll 1
   for (int k = items.total() - 1; k >= 0; --k) {
     if (!items.valid(k) || !items.elements(k)) continue;
@@ -219,8 +221,8 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
       dx[v] = fma(values.g[v], c.b_g, fma(values.u[v], c.b_u, fma(h, c.b_h, c.b_1)));
     }
     operands.through(values.passed, z);
-    if (args.grad_grad_out) store(grad_grad_out + at, Item<T, V>::pack(z));
-    if (args.grad_input) store(grad_input + at, Item<T, V>::pack(dx));
+    if (args.grad_grad_out) store_own(keep, items, k, grad_grad_out + at, Item<T, V>::pack(z));
+    if (args.grad_input) store_own(keep, items, k, grad_input + at, Item<T, V>::pack(dx));
   }
 }
 

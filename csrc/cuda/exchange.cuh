@@ -103,9 +103,9 @@ __device__ inline void halve(const double (&values)[kValues], int d, int columns
 
 // Joins the sums of a block's threads and calls finish(channel of the group, sums) for each
 // channel.
-template <class C, int kBins, class Finish>
-__device__ inline void join_threads(const Sums<C, kBins>& sums, const CudaPlan& plan,
-                                    const SharedLayout& shared, int channels,
+template <class Items, class C, int kBins, class Finish>
+__device__ inline void join_threads(const Items& items, const Sums<C, kBins>& sums,
+                                    const CudaPlan& plan, const SharedLayout& shared, int channels,
                                     const Finish& finish) {
   const int columns = kWarpThreads / plan.warp_rows, warps = plan.threads / kWarpThreads;
   const int warp = threadIdx.x / kWarpThreads, column = threadIdx.x & (columns - 1);
@@ -130,6 +130,7 @@ __device__ inline void join_threads(const Sums<C, kBins>& sums, const CudaPlan& 
           bin = plan.interleaved ? of_channel * channels + channel : channel * bins + of_channel;
           warp_of_set = entry / bins;
         }
+        if constexpr (Items::kSliced) bin += items.before_slice(warp_of_set);
         const int set = bin * 2 >> log_values, place = bin * 2 & (warp_values - 1);
         const double* const from =
             shared.scratch + ((warp_of_set * sets + set) << log_values) + place;
@@ -142,14 +143,14 @@ __device__ inline void join_threads(const Sums<C, kBins>& sums, const CudaPlan& 
 // Joins the sums of a block's threads to partials of its channels, by partial(channel, sums, again,
 // fits): `fits` becomes false where floats were no good, and then all is summed once more by
 // sum_again(), and those channels take that. `unfit`: [group]. Ends with a barrier.
-template <class P, class Sums, class SumAgain, class Partial>
-__device__ inline void settle(const Sums& sums, const CudaPlan& plan, const SharedLayout& shared,
-                              int channels, void* unfit, const SumAgain& sum_again,
-                              const Partial& partial) {
+template <class P, class Items, class Sums, class SumAgain, class Partial>
+__device__ inline void settle(const Items& items, const Sums& sums, const CudaPlan& plan,
+                              const SharedLayout& shared, int channels, void* unfit,
+                              const SumAgain& sum_again, const Partial& partial) {
   P* const partials = static_cast<P*>(shared.partials);
   bool* const is_unfit = static_cast<bool*>(unfit);
   bool any = false;
-  join_threads(sums, plan, shared, channels, [&](int channel, const Pair& sum) {
+  join_threads(items, sums, plan, shared, channels, [&](int channel, const Pair& sum) {
     bool fits = true;
     const P found = partial(channel, sum, false, fits);
     partials[channel] = found;
@@ -158,7 +159,7 @@ __device__ inline void settle(const Sums& sums, const CudaPlan& plan, const Shar
   });
   if (!any_of_block(any)) return;
   sum_again();
-  join_threads(sums, plan, shared, channels, [&](int channel, const Pair& sum) {
+  join_threads(items, sums, plan, shared, channels, [&](int channel, const Pair& sum) {
     bool fits = true;
     if (!is_unfit[channel]) return;
     const P found = partial(channel, sum, true, fits);

@@ -139,7 +139,7 @@ __device__ inline void reduce_forward(const ForwardCall& call, const Items& item
   Moments* const partials = static_cast<Moments*>(shared.partials);
   const double eps = call.args.eps;
   settle<Moments>(
-      sums, call.plan, shared, channels, shared.records,
+      items, sums, call.plan, shared, channels, shared.records,
       [&] {
         sum_again<V>(items, sums, [&](int k, int v, double& a, double& b) {
           if (!items.has(k, v)) return;
@@ -220,7 +220,7 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
       if constexpr (kResidual && kAct != Fused::kNone)
         if (args.mask) {
           if constexpr (kAct == Fused::kRelu) bits = y.nonzero();
-          if constexpr (Items::kRagged) bits &= items.elements(k + i);
+          if constexpr (!Items::kWhole) bits &= items.elements(k + i);
           bits = join_mask_bits<V>(valid ? bits : 0);
           if (valid && items.writes_mask()) mask[items.mask(k + i)] = static_cast<uint8_t>(bits);
         }

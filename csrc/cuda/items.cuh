@@ -58,7 +58,6 @@ __device__ inline unsigned place(unsigned k) {
 template <IndexMap kMap, int V, Ends kEnds>
 class Items {
  public:
-  static constexpr bool kRagged = kEnds == Ends::kRagged;
   static constexpr int kElements = V;
   static constexpr bool kRows = kMap == IndexMap::kRows;
   static constexpr int kBins = kRows ? 1 : V;  // whose sums a thread keeps
@@ -66,7 +65,11 @@ class Items {
   // are loaded as volatile, number by number: what one load brings lies in adjacent registers, and
   // hot loops would put the pairs together.
   static constexpr int kLanes = kBins == 1 && V > 1 ? 2 : kBins;
-  static_assert(kEnds == Ends::kWhole || kRows, "columns end with whole items");
+  // Whether elements of other rows stand in an item beside the only bin's; of other slices, which
+  // have bins that nobody reads.
+  static constexpr bool kRagged = kRows && kEnds == Ends::kRagged;
+  static constexpr bool kSliced = !kRows && kEnds == Ends::kRagged;
+  static constexpr bool kWhole = kEnds == Ends::kWhole;
 
   __device__ Items(const Problem& problem, const CudaPlan& plan, int64_t group, int64_t rank)
       : problem_(problem), plan_(plan), range_(rows_of(plan, rank)) {
@@ -75,6 +78,8 @@ class Items {
     const int column = lane & (kWarpThreads / per_warp - 1);
     const int step = plan.threads / kWarpThreads / sets * per_warp;
     row_ = warp / sets * per_warp + lane * per_warp / kWarpThreads;
+    if constexpr (kSliced && V > 1)  // rows of a warp at which slices begin at the same place
+      row_ = lane * per_warp / kWarpThreads * (step / per_warp) + warp / sets;
     if (group >= plan.groups) range_.count = 0;
     full_ = range_.count / step;
     const int rest = range_.count % step;
@@ -97,6 +102,26 @@ class Items {
         const int64_t last = problem.numel() / V - 1 - base_;
         last_ = last < UINT32_MAX ? static_cast<unsigned>(last) : UINT32_MAX;
       }
+    } else if constexpr (kSliced) {
+      const int64_t start = range_.first * problem.c + group * plan.group;
+      const int channels = channels_of(problem, plan, group);
+      const int place = set * (kWarpThreads / per_warp) + column;
+      before_ = static_cast<int>(start + row_ * problem.c);
+      before_ = before_slice(row_);
+      first_bin_ = place * V - before_;
+      const int over = first_bin_ + V - channels, last = (before_ + channels - 1) / V;
+      own_ = kAll << (first_bin_ < 0 ? -first_bin_ : 0) & shift_right(kAll, over < 0 ? 0 : over);
+      // Where none are its own, it reads others that there are, and writes its part of a mask.
+      owns_ = own_ != 0 ||
+              (problem.has_mask && channels > 0 && place * V < problem.slice_bytes() * kMaskBits);
+      const int item = place < last ? place : last;
+      base_ = start / kMaskBits * (kMaskBits / V);
+      first_ =
+          opaque(static_cast<unsigned>((start + row_ * problem.c - before_) / V - base_ + item));
+      step_ = opaque(static_cast<unsigned>(step * problem.c / V));
+      mask_base_ = range_.first * problem.mask_row_bytes() + group * problem.slice_bytes();
+      mask_first_ = static_cast<unsigned>(row_ * problem.mask_row_bytes() + place * V / kMaskBits);
+      mask_step_ = static_cast<unsigned>(step * problem.mask_row_bytes());
     } else {
       const int64_t row_items = plan.row_items;
       first_bin_ = (set * (kWarpThreads / per_warp) + column) * V;
@@ -129,14 +154,15 @@ class Items {
   }
   // Which elements of the k-th item are the channel's, as bits: of some that a thread has, none.
   __device__ unsigned elements(int k) const {
-    constexpr unsigned kAll = (1u << V) - 1;
+    // Eight predicates would take registers from one item to the next.
+    if constexpr (kSliced) return V == 8 ? opaque_again(own_) : own_;
     if constexpr (!kRagged) return kAll;
     const unsigned i = index(k);
     const int place = static_cast<int>(i - sample(i) * row_items()) * V - before_;
     const int over = place - (static_cast<int>(problem_.hw) - V);
     return kAll << (place < 0 ? -place : 0) & shift_right(kAll, over < 0 ? 0 : over);
   }
-  __device__ bool has(int k, int v) const { return !kRagged || elements(k) >> v & 1; }
+  __device__ bool has(int k, int v) const { return elements(k) >> v & 1; }
 
   // Bytes before its own in the mask, and the place of its bits there.
   __device__ int64_t mask_base() const { return mask_base_; }
@@ -155,9 +181,17 @@ class Items {
   // The bin of the group of the thread's element v, its channel in the group.
   __device__ int bin(int v) const { return kRows ? first_bin_ : first_bin_ + v; }
   __device__ int channel(int v) const {
-    if (!owns_) return 0;
+    if (!owns_ || (kSliced && !(own_ >> v & 1))) return 0;
     if (plan_.interleaved) return bin(v) % static_cast<int>(problem_.c);
     return plan_.bins_per_channel == 1 ? bin(v) : bin(v) / static_cast<int>(plan_.bins_per_channel);
+  }
+
+  // Sliced: elements before the slice's in its first item, or in the first byte of its mask, in a
+  // row of the block. The same a step later.
+  __device__ int before_slice(int row) const {
+    const unsigned unit = V == 1 ? 1 : problem_.has_mask ? kMaskBits : V;
+    const unsigned elements = static_cast<unsigned>(row - row_) * static_cast<unsigned>(problem_.c);
+    return static_cast<int>((static_cast<unsigned>(before_) + elements) & (unit - 1));
   }
 
   // Of a channel of the group, in this block: how many values at most, how many, and where the
@@ -182,12 +216,15 @@ class Items {
       return (row / plan_.row_items * problem_.c + c) * problem_.hw + at;
     } else {
       const unsigned bins = static_cast<unsigned>(plan_.bins_per_channel);
-      const int64_t first = row * plan_.row_items * V, bin = multiply_high(bins, fraction(k));
+      const int64_t first = kSliced ? row * problem_.c : row * plan_.row_items * V;
+      const int64_t bin = multiply_high(bins, fraction(k));
       return first + (plan_.interleaved ? bin * problem_.c + c : c * bins + bin);
     }
   }
 
  private:
+  static constexpr unsigned kAll = (1u << V) - 1;
+
   // Ragged: elements of other rows before the first of a channel's, in the first item or in those
   // that share the first byte of a mask; none where rows begin elsewhere in each sample.
   __device__ int before(int64_t channel) const {
@@ -216,6 +253,7 @@ class Items {
   RowRange range_;
   int row_, full_, total_, first_bin_, before_ = 0;
   bool owns_, owns_rest_;
+  unsigned own_ = kAll;
   unsigned first_, step_, jump_ = 0, mask_first_ = 0, mask_step_ = 0, last_ = 0;
   int64_t base_, mask_base_;
 };

@@ -27,11 +27,12 @@ using Constant = std::integral_constant<decltype(kValue), kValue>;
 template <class T, class F>
 inline cudaError_t with_items(const CudaPlan& plan, const F& f) {
   return with_vector<T>(plan.vector, [&](auto vector) {
-    if (plan.map == IndexMap::kColumns)
-      return f(vector, Constant<IndexMap::kColumns>{}, Constant<Ends::kWhole>{});
-    constexpr Constant<IndexMap::kRows> kRows;
-    if (plan.ends == Ends::kRagged) return f(vector, kRows, Constant<Ends::kRagged>{});
-    return f(vector, kRows, Constant<Ends::kWhole>{});
+    const auto with = [&](auto ends) {
+      if (plan.map == IndexMap::kRows) return f(vector, Constant<IndexMap::kRows>{}, ends);
+      return f(vector, Constant<IndexMap::kColumns>{}, ends);
+    };
+    if (plan.ends == Ends::kRagged) return with(Constant<Ends::kRagged>{});
+    return with(Constant<Ends::kWhole>{});
   });
 }
 

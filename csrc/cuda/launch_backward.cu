@@ -25,22 +25,33 @@ cudaError_t launch_as(const CudaPlan& plan, const Problem& problem, const Backwa
   return with_items<T>(plan, [&](auto v, auto map, auto ends) {
     constexpr bool kMasks = is_widest<T>(v), kAlone = kMasks || is_half_as_wide<T>(v, map);
     return with_gate<kAlone, kMasks, v <= kMaxSharedBackwardVector>(problem, [&](auto gate) {
-      if (plan.family == Family::kResident)
-        return launch(batch_norm_resident_backward_kernel<T, v, map, ends, gate>,
-                      shape_of(plan, plan.teams), stream, call);
+      constexpr bool kSliced = map == IndexMap::kColumns && ends == Ends::kRagged;
+      if (plan.family == Family::kResident) {
+        if constexpr (kSliced && gate == Gate::kAny)
+          return cudaErrorInvalidValue;  // see plan.cpp
+        else
+          return launch(batch_norm_resident_backward_kernel<T, v, map, ends, gate>,
+                        shape_of(plan, plan.teams), stream, call);
+      }
       return for_each_range(plan, [&](int64_t first, int64_t groups) {
         call.first_group = first;
         const LaunchShape shape = shape_of(plan, groups);
         const bool sums = is_training(problem.stage) || problem.need_params;
         cudaError_t error = cudaSuccess;
-        if (sums)
-          error = launch(frozen ? batch_norm_reduce_backward_kernel<T, v, map, ends, gate, true>
-                                : batch_norm_reduce_backward_kernel<T, v, map, ends, gate, false>,
-                         shape, stream, call);
-        if (error != cudaSuccess) return error;
-        if (sums && (frozen || !problem.applies()))
-          return launch(batch_norm_finish_backward_kernel<T>, one_block_each(shape, groups), stream,
-                        call);
+        bool applies = problem.applies();
+        if (sums) {
+          auto* reduce = batch_norm_reduce_backward_kernel<T, v, map, ends, gate, false>;
+          if constexpr (!kSliced)
+            if (frozen) {
+              reduce = batch_norm_reduce_backward_kernel<T, v, map, ends, gate, true>;
+              applies = false;  // it has
+            }
+          error = launch(reduce, shape, stream, call);
+          if (error == cudaSuccess && (frozen || !applies))
+            error = launch(batch_norm_finish_backward_kernel<T>, one_block_each(shape, groups),
+                           stream, call);
+        }
+        if (error != cudaSuccess || !applies) return error;
         return launch(frozen ? batch_norm_apply_backward_kernel<T, v, map, ends, gate, true>
                              : batch_norm_apply_backward_kernel<T, v, map, ends, gate, false>,
                       shape, stream, call);

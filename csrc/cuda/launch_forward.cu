@@ -29,24 +29,29 @@ cudaError_t launch_as(const CudaPlan& plan, const Problem& problem, const Forwar
   return with_items<T>(plan, [&](auto v, auto map, auto ends) {
     constexpr bool kMasks = is_widest<T>(v), kAlone = kMasks || is_half_as_wide<T>(v, map);
     constexpr bool kMasked = v == 1 && ends == Ends::kRagged;
-    return with_fused<kAlone, kMasks, kMasked>(problem, [&](auto fused, auto residual) {
-      if (plan.family == Family::kResident)
-        return launch(batch_norm_resident_forward_kernel<T, v, map, ends, fused, residual>,
-                      shape_of(plan, plan.teams), stream, call);
-      return for_each_range(plan, [&](int64_t first, int64_t groups) {
-        call.first_group = first;
-        const LaunchShape shape = shape_of(plan, groups);
-        cudaError_t error = cudaSuccess;
-        if (is_training(problem.stage))
-          error = launch(batch_norm_reduce_forward_kernel<T, v, map, ends>, shape, stream, call);
-        if (error != cudaSuccess) return error;
-        if (!problem.applies())
-          return launch(batch_norm_finish_forward_kernel<T>, one_block_each(shape, groups), stream,
-                        call);
-        return launch(batch_norm_apply_forward_kernel<T, v, map, ends, fused, residual>, shape,
-                      stream, call);
+    constexpr bool kSliced = map == IndexMap::kColumns && ends == Ends::kRagged;
+    if constexpr (kSliced && v > 1 && !kMasks) {
+      return cudaErrorInvalidValue;  // the plan takes slices by the widest accesses
+    } else {
+      return with_fused<kAlone, kMasks, kMasked>(problem, [&](auto fused, auto residual) {
+        if (plan.family == Family::kResident)
+          return launch(batch_norm_resident_forward_kernel<T, v, map, ends, fused, residual>,
+                        shape_of(plan, plan.teams), stream, call);
+        return for_each_range(plan, [&](int64_t first, int64_t groups) {
+          call.first_group = first;
+          const LaunchShape shape = shape_of(plan, groups);
+          cudaError_t error = cudaSuccess;
+          if (is_training(problem.stage))
+            error = launch(batch_norm_reduce_forward_kernel<T, v, map, ends>, shape, stream, call);
+          if (error != cudaSuccess) return error;
+          if (!problem.applies())
+            return launch(batch_norm_finish_forward_kernel<T>, one_block_each(shape, groups),
+                          stream, call);
+          return launch(batch_norm_apply_forward_kernel<T, v, map, ends, fused, residual>, shape,
+                        stream, call);
+        });
       });
-    });
+    }
   });
 }
 

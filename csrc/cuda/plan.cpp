@@ -162,6 +162,8 @@ int64_t choose_splits(int64_t groups, int64_t slots, int64_t most) {
 CudaPlan streaming(const Problem& p, const Layout& layout, const CudaInfo& cuda) {
   const bool reduces = is_training(p.stage) || (is_backward(p.stage) && p.need_params);
   const bool rereads = is_training(p.stage) && p.applies();
+  // Sums, the gradients of the parameters, then dx.
+  const bool in_three = reduces && !is_training(p.stage) && p.applies() && layout.is_sliced();
   const int64_t kept = cuda.l2_bytes / kL2Share;
   const bool in_ranges = rereads && p.bytes_read() > kept && kept >= kRangeBytesPerSm * cuda.sms;
   const auto plan_for = [&](int64_t group, int64_t slots) {
@@ -177,7 +179,7 @@ CudaPlan streaming(const Problem& p, const Layout& layout, const CudaInfo& cuda)
     plan.team_blocks = ceil_div(plan.rows, plan.rows_per_block);  // none without rows
     plan.groups_per_launch = plan.teams = launched;
     // Without a second read there are two: the sums, then the gradients of the parameters.
-    plan.launches = !reduces ? 1 : rereads ? 2 * ranges : 2;
+    plan.launches = !reduces ? 1 : in_three ? 3 : rereads ? 2 * ranges : 2;
     return plan;
   };
   const auto choose = [&] {  // the widest slabs that fill the GPU and exchange little
@@ -185,7 +187,8 @@ CudaPlan streaming(const Problem& p, const Layout& layout, const CudaInfo& cuda)
       for (const int64_t group : layout.groups) {
         const CudaPlan plan = plan_for(group, slots);
         const bool busy = balance(plan.teams * plan.team_blocks, slots) >= kPoorBalance;
-        if (busy && !(reduces && exchange_bytes(plan) > kMaxExchangeBytes)) return plan;
+        const bool fits = plan.shared_bytes <= cuda.shared_bytes_per_block;
+        if (fits && busy && !(reduces && exchange_bytes(plan) > kMaxExchangeBytes)) return plan;
       }
     return plan_for(layout.groups.back(), cuda.sms);
   };
@@ -196,6 +199,7 @@ CudaPlan streaming(const Problem& p, const Layout& layout, const CudaInfo& cuda)
       p.stage == Stage::kDoubleBackward ? kDoubleBackwardPartialBytes : kPartialBytes;
   if (reduces) plan.workspace_bytes = plan.teams * plan.team_blocks * plan.group * partial;
   if (rereads) plan.bytes_moved = std::max<int64_t>(0, p.bytes_read() - plan.launches / 2 * kept);
+  if (in_three) plan.bytes_moved = std::max<int64_t>(0, p.bytes_read() - kept);
   return plan;
 }
 
@@ -203,8 +207,11 @@ CudaPlan streaming(const Problem& p, const Layout& layout, const CudaInfo& cuda)
 
 CudaPlan plan_cuda(const Problem& p, const CudaInfo& cuda, const CudaChoice& choice) {
   const Layout layout = choose_layout(p, cuda);
+  // The backward that activations share has no registers left for slices in one kernel.
+  const bool shares_kernels = !has_gate_of_its_own(p) || layout.vector == 1;
+  const bool has_kernel = !(layout.is_sliced() && is_backward(p.stage) && shares_kernels);
   const bool can_be_resident =
-      is_training(p.stage) && p.stage != Stage::kDoubleBackward && p.applies();
+      is_training(p.stage) && p.stage != Stage::kDoubleBackward && p.applies() && has_kernel;
   const bool must_be_resident = choice.family == Family::kResident || choice.team;
   if (choice.family == Family::kStreaming && choice.team)
     throw std::invalid_argument(

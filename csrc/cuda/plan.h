@@ -34,10 +34,10 @@ inline std::string to_string(Team team) {
 
 inline constexpr int64_t kSumBytes = 16;  // of a bin: two doubles
 
-// How the items of a row of memory end.
+// How the items of a row of memory, or of its slice, end.
 enum class Ends : uint8_t {
   kWhole,
-  kRagged,  // with elements of other rows, up to an aligned access or a whole byte of the mask
+  kRagged,  // with elements of others, up to an aligned access or a whole byte of the mask
 };
 
 inline std::string to_string(Ends ends) {
@@ -49,6 +49,10 @@ inline std::string to_string(Ends ends) {
 //   columns: a column is an item of `vector` adjacent bins, a row everything between two pixels
 //            (channels_last, a bin is a channel) or two samples (short rows: a bin is one pixel of
 //            a channel), of row_items items.
+// Rows of channels_last that nothing wide divides are cut into slices of channels (see Problem): a
+// group is a slice, of whole items and of two that it shares with its neighbours. Where slices
+// begin in an item changes from row to row; rows of a thread, and of its warp, are as many apart as
+// make that the same.
 //
 // A group is `group` adjacent channels. Of a block's warps every warp_sets-th has the same columns,
 // 32 / warp_rows adjacent ones (rows: one), and in a step takes warp_rows rows of them. A block of
@@ -64,7 +68,7 @@ struct CudaPlan {
   bool interleaved;          // columns: a row is bins_per_channel pixels of all channels instead
   int64_t rows;              // of the matrix
   int64_t row_items;         // rows: of a sample's channel
-  Ends ends;                 // rows: of a sample's channel, in items
+  Ends ends;                 // rows: of a sample's channel, in items; columns: of a slice
   int magic_shift;           // rows: i / row_items is (i * magic >> 32) >> magic_shift, below 2^31
   uint32_t magic;            // 0: there is one sample
   int64_t group;             // channels of a group, the last one fewer
@@ -80,6 +84,9 @@ struct CudaPlan {
   int64_t bytes_moved, bytes_floor;
 
   constexpr int64_t group_bins() const { return group * bins_per_channel; }
+  constexpr bool is_sliced() const { return map == IndexMap::kColumns && ends == Ends::kRagged; }
+  // Whether slices begin in the midst of items.
+  constexpr bool has_phases() const { return is_sliced() && vector > 1; }
   // Of a warp's sums, before the warps of a block join theirs.
   constexpr int64_t scratch_bytes() const {
     return threads / warp_rows * (map == IndexMap::kRows ? 1 : vector) * kSumBytes;
@@ -130,6 +137,8 @@ inline constexpr int kMaxCudaThreads = 512;
 inline constexpr int kMaxSharedBackwardVector = 4, kMaxDoubleBackwardVector = 4;
 inline constexpr int kWarpThreads = 32;
 inline constexpr int kMaskBits = 8;  // elements of a row whose mask bits share a byte
+// Rows after which slices begin at the same place of an item, or of a byte of the mask, again.
+inline constexpr int kSliceRows = kMaskBits;
 inline constexpr int64_t kMaxGroupBins = 512;
 // Shared memory of a channel (see exchange.cuh): a block's partial result, what is kept of it
 // besides, coefficients that come of the sums, and those that need none.

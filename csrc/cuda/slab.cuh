@@ -59,14 +59,12 @@ __device__ inline Item<T, V>* items_in(void* tensor, const Items& items) {
   return opaque(static_cast<Item<T, V>*>(tensor) + items.base());
 }
 
-// Stores an item at `to`, of ragged ends what is the channel's.
+// Stores an item at `to`, at ragged ends what is the thread's.
 template <class Items, class T, int V>
 __device__ inline void store_own(const Keep& keep, const Items& items, int k, Item<T, V>* to,
                                  const Item<T, V>& item) {
-  if constexpr (Items::kRagged) {
-    const unsigned own = items.elements(k);
-    if (own != (1u << V) - 1) return store_some(reinterpret_cast<T*>(to), item, own);
-  }
+  const unsigned own = items.elements(k);
+  if (own != (1u << V) - 1) return store_some(reinterpret_cast<T*>(to), item, own);
   keep.store(to, item);
 }
 

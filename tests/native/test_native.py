@@ -26,13 +26,16 @@ LAYOUTS = {
     (1, ROWS): ((3, 5, 71, 1), NCHW),
     (8, COLUMNS): ((6, 72, 5, 2), NHWC),
     (4, COLUMNS): ((6, 68, 5, 2), NHWC),
-    (1, COLUMNS): ((5, 67, 5, 3), NHWC),
+    (1, COLUMNS): ((5, 67, 3, 3), NHWC),
 }
 # Accesses of several elements all the same: rows of odd length, and of few channels.
 RAGGED, INTERLEAVED = ((3, 8, 9, 9), NCHW), ((8, 3, 6, 4), NHWC)
-WIDE = ((2, 67, 5, 4), NHWC)  # more than 512 values a row
+WIDE = ((2, 67, 4, 2), NHWC)  # more than 512 values a row
 # Rows that begin at each place of a mask's byte, and at two; the rest of a row is 3 or 4 elements.
 MASKED = {"odd": (3, 8, 11, 17), "even": (3, 6, 14, 14), "short": (9, 16, 5, 7)}
+# Slices of channels: one, two, and three, the last one with fewer; they begin at each place.
+SLICED = {"one": (8, 18, 5, 3), "two": (4, 131, 5, 2), "three": (4, 262, 3, 2)}
+ROOMY = calls.CudaInfo(90, 4, 100 * calls.KIB, 99 * calls.KIB, 2**17, 8)
 SHORT_ROWS = {8: (9, 24, 7, 7), 4: (9, 20, 7, 7), 1: (9, 5, 7, 3)}
 WIDEST = {torch.float32: 4, torch.float64: 1, torch.bfloat16: 8, torch.float16: 8}
 TEAMS = {"block": BLOCK, "cluster": CLUSTER, "grid": GRID, "stream": None}
@@ -86,11 +89,25 @@ def test_odd_rows_by_wide_accesses(act, layout, dtypes, team) -> None:
     check_training(make(*layout, dtypes, residual=True), setting)
 
 
+@pytest.mark.parametrize("team", TEAMS)
+@pytest.mark.parametrize("dtypes", [DTYPES[i] for i in (0, 2, 4)], ids=dtype_id)
+@pytest.mark.parametrize("act", [None, "relu", "leaky_relu", "silu"])
+def test_slices_of_many_odd_channels(act, dtypes, team) -> None:
+    setting = Setting(act, STREAMING if team == "stream" else RESIDENT, TEAMS[team], ROOMY)
+    for c in (261, 390):
+        plan = check_training(make((4, c, 3, 2), NHWC, dtypes), setting)
+        assert (plan.vector, plan.map, plan.ends) == (WIDEST[dtypes[0]], COLUMNS, 1)
+        assert plan.groups > 2
+        assert plan.family == setting.family
+
+
 @pytest.mark.parametrize("act", [None, "relu", "leaky_relu", "silu"])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("family", [RESIDENT, STREAMING])
-def test_a_channel_of_nan_changes_no_other(act, residual, family) -> None:
-    case = make(*RAGGED, DTYPES[2], residual=residual)
+@pytest.mark.parametrize("layout", [RAGGED, ((8, 9, 3, 5), NHWC), ((2, 259, 2, 2), NHWC)])
+def test_a_channel_of_nan_changes_no_other(layout, act, residual, family) -> None:
+    case = make(*layout, DTYPES[2], residual=residual)
+    others = [0, *range(2, layout[0][1])]
     setting, e = Setting(act, family), both().plain
     affine = {"weight": case.weight, "bias": case.bias, "act_param": 0.25}
 
@@ -103,8 +120,8 @@ def test_a_channel_of_nan_changes_no_other(act, residual, family) -> None:
             residual=case.residual if p.residual else None, **affine,
         )  # fmt: skip
         found = (y.output, by.input, by.residual)
-        of_others = [t[:, [0, *range(2, 8)]] for t in found if t is not None]
-        return [*of_others, *(t[[0, *range(2, 8)]] for t in (by.weight, by.bias))]
+        of_others = [t[:, others] for t in found if t is not None]
+        return [*of_others, *(t[others] for t in (by.weight, by.bias))]
 
     expected = results()
     for t in (case.x, case.grad_out, case.residual):
@@ -125,6 +142,28 @@ def test_masks_of_rows_that_are_no_whole_bytes(act, shape, dtypes, team) -> None
     # Aligned less, by accesses of fewer elements: the mask is the same.
     plan = check_training(case, setting, alignment=case.x.element_size())
     assert (plan.vector, plan.map, plan.ends) == (1, ROWS, 1)
+
+
+@pytest.mark.parametrize("team", TEAMS)
+@pytest.mark.parametrize("dtypes", [DTYPES[i] for i in (0, 1, 2, 4)], ids=dtype_id)
+@pytest.mark.parametrize("shape", SLICED)
+@pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu"])
+def test_masks_of_slices(act, shape, dtypes, team) -> None:
+    setting = Setting(act, STREAMING if team == "stream" else RESIDENT, TEAMS[team], ROOMY)
+    n, c, h, w = SLICED[shape]
+    case = make((n, c, h, w), NHWC, dtypes, residual=True)
+    plan = check_training(case, setting)
+    assert (plan.vector, plan.map, plan.ends) == (WIDEST[dtypes[0]], COLUMNS, 1)
+    # Where items do not fill memory, single elements.
+    plan = check_training(make((3, c | 1, 5, 1), NHWC, dtypes, residual=True), setting)
+    assert (plan.vector, plan.map, plan.ends) == (1, COLUMNS, 1)
+
+
+def test_a_mask_of_slices_takes_no_tensor_that_is_not_aligned() -> None:
+    case = make(SLICED["two"], NHWC, DTYPES[2], residual=True)
+    for alignment in (2, 4, 8):
+        with pytest.raises(calls.EmulatorError, match="a mask of slices of channels"):
+            check_training(case, Setting("relu"), alignment=alignment)
 
 
 @pytest.mark.parametrize("act", [act for act in ACTIVATIONS if act not in (None, "relu")])
@@ -208,6 +247,7 @@ def test_every_kernel_is_launched_by_some_plan() -> None:
     odd += [(DTYPES[i], 4, ROWS, ((3, 5, 17, 4), NCHW)) for i in (0, 2, 4)]
     odd += [(DTYPES[i], 8, ROWS, RAGGED) for i in (0, 2, 4)]
     odd += [(DTYPES[i], 4, ROWS, ((3, 4, 13, 13), NCHW)) for i in (2, 4)]
+    odd += [(DTYPES[i], 8, COLUMNS, ((4, c, 3, 2), NHWC)) for i in (0, 2, 4) for c in (66, 262)]
     for dtypes, _, _, layout in [*(p.values for p in layouts()), *odd]:
         case = make(*layout, dtypes)
         stats = calls.save_stats(case.running_mean, case.running_var)

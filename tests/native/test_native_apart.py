@@ -13,10 +13,9 @@ from cases import DTYPES, Case, dtype_id, make, shape_id
 from native import calls
 from native.calls import ELEMENTWISE, SMALL, STREAMING
 from native.checks import both, check_gradients, slopes
-from native.test_native import LAYOUTS, SHORT_ROWS
+from native.test_native import LAYOUTS, NCHW, NHWC, RAGGED, SHORT_ROWS, SLICED
 
-NCHW = torch.contiguous_format
-CASES = [*LAYOUTS.values(), (SHORT_ROWS[4], NCHW)]
+CASES = [*LAYOUTS.values(), (SHORT_ROWS[4], NCHW), RAGGED, (SLICED["three"], NHWC)]
 
 
 def statistics(case: Case) -> torch.Tensor:

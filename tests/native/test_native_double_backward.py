@@ -12,10 +12,12 @@ from cases import DTYPES, Case, dtype_id, make, shape_id
 from native import calls
 from native.calls import COLUMNS, ROWS, SMALL
 from native.checks import both
-from native.test_native import LAYOUTS, SHORT_ROWS
+from native.test_native import LAYOUTS, NCHW, NHWC, RAGGED, SHORT_ROWS, SLICED
 
-NCHW = torch.contiguous_format
-CASES = [*(layout for (v, _), layout in LAYOUTS.items() if v < 8), (SHORT_ROWS[4], NCHW)]
+CASES = [
+    *(layout for (v, _), layout in LAYOUTS.items() if v < 8), (SHORT_ROWS[4], NCHW), RAGGED,
+    (SLICED["one"], NHWC), (SLICED["three"], NHWC),
+]  # fmt: skip
 
 
 def run(case: Case, act: str | None, training: bool, needs=(True, True, True), param: float = 0.0):

@@ -15,7 +15,7 @@ from native.checks import Setting, both, check_gradients, check_training, proble
 
 NCHW, NHWC = torch.contiguous_format, torch.channels_last
 LAYOUTS = [((3, 5, 9, 8), NCHW), ((6, 72, 5, 2), NHWC), ((9, 24, 7, 7), NCHW)]
-ODD_LAYOUTS = [((3, 8, 9, 9), NCHW), ((8, 3, 6, 4), NHWC)]
+ODD_LAYOUTS = [((3, 8, 9, 9), NCHW), ((8, 3, 6, 4), NHWC), ((4, 262, 3, 2), NHWC)]
 TEAMS = {
     "block": Setting(team=BLOCK),
     "cluster": Setting(team=CLUSTER),

@@ -28,7 +28,9 @@ from native.test_plan_cuda import plan
         (67, 49, True, "bfloat16", 16, "columns", 8),
         (255, 49, True, "bfloat16", 16, "columns", 8),
         (255, 49, True, "float32", 16, "columns", 4),
-        (257, 49, True, "bfloat16", 16, "columns", 1),
+        (257, 49, True, "bfloat16", 16, "columns", 8),
+        (257, 49, True, "bfloat16", 8, "columns", 1),
+        (366, 14 * 14, True, "float32", 16, "columns", 4),
         (64, 49, True, "bfloat16", 2, "columns", 1),
     ],
 )  # fmt: skip
@@ -65,6 +67,30 @@ def test_a_mask_keeps_rows() -> None:
 def test_accesses_of_rows_with_a_mask(c, hw, act, dtype, alignment, vector, ends) -> None:
     p = plan(32, c, hw, "train_backward", dtype=dtype, act=act, residual=True, alignment=alignment)
     assert (p.index_map, p.vector, p.ends) == ("rows", vector, ends)
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "hw", "act", "dtype", "vector", "group"),
+    [
+        (32, 18, 56 * 56, "relu", "bfloat16", 8, 18),
+        (32, 67, 49, "relu", "bfloat16", 8, 67),
+        (32, 67, 49, "relu", "float32", 4, 67),
+        (32, 67, 49, "relu", "float64", 1, 67),
+        (32, 67, 49, "leaky_relu", "bfloat16", 4, 67),
+        (32, 131, 49, "relu", "float16", 8, 66),
+        (32, 1023, 1, "relu", "float16", 8, 114),
+        (3, 67, 49, "relu", "bfloat16", 1, 67),
+    ],
+)  # fmt: skip
+def test_accesses_of_slices_with_a_mask(n, c, hw, act, dtype, vector, group) -> None:
+    p = plan(n, c, hw, "train_backward", channels_last=True, dtype=dtype, act=act, residual=True)
+    assert (p.index_map, p.ends, p.vector, p.group) == ("columns", "ragged", vector, group)
+
+
+def test_the_second_derivative_takes_odd_ends_too() -> None:
+    for c, hw, last, index_map in ((64, 17 * 17, False, "rows"), (257, 49, True, "columns")):
+        p = plan(32, c, hw, "double_backward", channels_last=last, act="relu")
+        assert (p.index_map, p.ends, p.vector) == (index_map, "ragged", 4)
 
 
 def test_a_mask_where_only_sums_are_wanted() -> None:

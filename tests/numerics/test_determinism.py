@@ -1,5 +1,7 @@
 """Bitwise the same: run to run, for any number of threads, whatever the strides of arguments."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -108,3 +110,18 @@ def test_no_grad_and_grad_forward_agree(device) -> None:
                 case.bias, case.residual, training,
             )  # fmt: skip
         assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+@pytest.mark.parametrize("shape", [(8, 18, 5, 3), (4, 131, 5, 2), (4, 262, 3, 2)])
+def test_the_same_wherever_tensors_begin(shape, dtype, device) -> None:
+    """On a GPU the bits of such a mask lie as elements do in aligned items."""
+    case = make(shape, CL, (dtype, torch.float32, torch.float32), device=device, residual=True)
+    expected = everything(case, True, True)
+    for moved in ("x", "residual", "grad_out"):
+        t = getattr(case, moved)
+        memory = torch.empty(t.numel() + 1, dtype=dtype, device=device)
+        other = memory.as_strided(t.shape, t.stride(), 1)
+        found = everything(replace(case, **{moved: other.copy_(t)}), True, True)
+        for name, a, b in zip([*NAMES, "mean", "var"], expected, found, strict=True):
+            assert torch.equal(a, b), f"{moved}: {name}"

@@ -49,6 +49,11 @@ LIMITS = {
     r"resident_forward_kernel<\w+, 8, 0, 1, 1, true>": 25,
     r"resident_backward_kernel<\w+, 8, 0, 1, [01]>": 25,
     r"resident_backward_kernel<\w+, 8, 0, 1, 2>": 30,
+    # Slices of channels.
+    r"resident_forward_kernel<\w+, 8, 1, 1, [01], false>": 15,
+    r"resident_forward_kernel<\w+, 8, 1, 1, 1, true>": 19,
+    r"resident_backward_kernel<\w+, 8, 1, 1, [01]>": 20,
+    r"resident_backward_kernel<\w+, 8, 1, 1, 2>": 24,
 }
 # Where an instruction takes two floats.
 PAIRED_ARCH = "sm_100"

@@ -43,6 +43,10 @@ COUNTED = {
         ("train_forward", "sign", 16, "ragged"),
     r"resident_backward_kernel<__nv_bfloat16, 8, 0, 1, [12]>":
         ("train_backward", "sign", 16, "ragged"),
+    r"resident_forward_kernel<__nv_bfloat16, 8, 1, 1, [01], false>":
+        ("train_forward", "sign", 16, "sliced"),
+    r"resident_backward_kernel<__nv_bfloat16, 8, 1, 1, [01]>":
+        ("train_backward", "sign", 16, "sliced"),
 }  # fmt: skip
 
 
