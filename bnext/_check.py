@@ -113,7 +113,7 @@ def mask_shape(x: Input, channels_last: bool) -> tuple[Any, Any]:
     if _known(c != 1) and (channels_last or _known(hw == 1)):
         if _known(c % 4 == 0):
             return n * hw, (c + 7) // 8
-        slices = (c + 120) // 121
+        slices = (c + 56) // 57
         width = (c + slices - 1) // slices
         return n * hw, (c + width - 1) // width * ((width + 14) // 8)
     rows, width = (1, n * hw) if _known(c == 1) else (n * c, hw)

@@ -92,8 +92,8 @@ struct Problem {
   constexpr int64_t count() const { return n * hw; }  // values per channel
   constexpr int64_t bytes() const { return numel() * element_size(dtype); }
   // Rows of channels that accesses of four do not divide are cut into slices of at most so many, as
-  // few as can be: 16 bytes of a mask take them, wherever they begin in the first one.
-  static constexpr int64_t kMaxSlice = 15 * 8 + 1;
+  // few as can be: eight bytes of a mask take them, wherever they begin in the first one.
+  static constexpr int64_t kMaxSlice = 7 * 8 + 1;
   constexpr bool is_sliced() const { return channels_last && c % 4 != 0; }
   constexpr int64_t slice() const { return ceil_div(c, ceil_div(c, kMaxSlice)); }
   constexpr int64_t slice_bytes() const { return ceil_div(slice() + 7, 8); }

@@ -15,8 +15,8 @@ def row_bytes_of(c: int, hw: int, channels_last: bool) -> int:
 
 
 def slice_of(c: int) -> int:
-    """Of channels that four does not divide: as few slices as can be of at most 121."""
-    slices = -(-c // 121)
+    """Of channels that four does not divide: as few slices as can be of at most 57."""
+    slices = -(-c // 57)
     return -(-c // slices)
 
 

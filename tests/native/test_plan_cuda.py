@@ -110,7 +110,7 @@ def check(problem, gpu, p, needs=(True, True), alignment=16) -> None:
         else:
             assert p.bins_per_channel == (1 if channels_last else hw)
         if sliced:
-            assert p.group == masks.slice_of(c) <= 121
+            assert p.group == masks.slice_of(c) <= 57
             unit = 8 if masked else p.vector
             assert columns * p.warp_sets * p.vector >= (unit - 1) * (p.vector > 1) + p.group
             if p.vector > 1:
