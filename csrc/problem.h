@@ -105,9 +105,12 @@ struct Problem {
   // they touch if bits lie in bytes as elements in aligned items. How they lie is the backend's.
   constexpr int64_t mask_rows() const { return channels_last ? n * hw : n * c; }
   constexpr int64_t mask_row_bytes() const {
-    if (is_sliced()) return ceil_div(c, slice()) * slice_bytes();
-    return channels_last ? ceil_div(c, 8) : ceil_div(hw, 8) + (hw % 8 + 6) / 8;
+    return is_sliced()     ? mask_bytes_of_slices()
+           : channels_last ? ceil_div(c, 8)
+                           : mask_bytes_of_hw();
   }
+  constexpr int64_t mask_bytes_of_slices() const { return ceil_div(c, slice()) * slice_bytes(); }
+  constexpr int64_t mask_bytes_of_hw() const { return ceil_div(hw, 8) + (hw % 8 + 6) / 8; }
   // Whether elements are written, and not only sums.
   constexpr bool applies() const { return need_input || need_residual; }
 

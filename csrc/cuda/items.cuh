@@ -97,13 +97,14 @@ class Items {
       jump_ = opaque(static_cast<unsigned>(problem.c * problem.hw / V - plan.row_items));
       before_ = before(channel);
       base_ = (row_of_memory * problem.hw - before_) / V;
-      mask_base_ = row_of_memory * problem.mask_row_bytes();
+      mask_base_ = row_of_memory * problem.mask_bytes_of_hw();
       if constexpr (kRagged) {
         const int64_t last = problem.numel() / V - 1 - base_;
         last_ = last < UINT32_MAX ? static_cast<unsigned>(last) : UINT32_MAX;
       }
     } else if constexpr (kSliced) {
       const int64_t start = range_.first * problem.c + group * plan.group;
+      const int64_t row_bytes = problem.mask_bytes_of_slices();
       const int channels = channels_of(problem, plan, group);
       const int place = set * (kWarpThreads / per_warp) + column;
       before_ = static_cast<int>(start + row_ * problem.c);
@@ -119,9 +120,9 @@ class Items {
       first_ =
           opaque(static_cast<unsigned>((start + row_ * problem.c - before_) / V - base_ + item));
       step_ = opaque(static_cast<unsigned>(step * problem.c / V));
-      mask_base_ = range_.first * problem.mask_row_bytes() + group * problem.slice_bytes();
-      mask_first_ = static_cast<unsigned>(row_ * problem.mask_row_bytes() + place * V / kMaskBits);
-      mask_step_ = static_cast<unsigned>(step * problem.mask_row_bytes());
+      mask_base_ = range_.first * row_bytes + group * problem.slice_bytes();
+      mask_first_ = static_cast<unsigned>(row_ * row_bytes + place * V / kMaskBits);
+      mask_step_ = static_cast<unsigned>(step * row_bytes);
     } else {
       const int64_t row_items = plan.row_items;
       first_bin_ = (set * (kWarpThreads / per_warp) + column) * V;
@@ -132,9 +133,9 @@ class Items {
       first_ = opaque(static_cast<unsigned>(row_ * row_items + mine / V));
       step_ = opaque(static_cast<unsigned>(step * row_items));
       base_ = range_.first * row_items + group * plan.group_bins() / V;
-      mask_base_ = range_.first * problem.mask_row_bytes() + group * plan.group / kMaskBits;
-      mask_first_ = static_cast<unsigned>(row_ * problem.mask_row_bytes() + mine / kMaskBits);
-      mask_step_ = static_cast<unsigned>(step * problem.mask_row_bytes());
+      mask_base_ = range_.first * ceil_div(problem.c, kMaskBits) + group * plan.group / kMaskBits;
+      mask_first_ = static_cast<unsigned>(row_ * ceil_div(problem.c, kMaskBits) + mine / kMaskBits);
+      mask_step_ = static_cast<unsigned>(step * ceil_div(problem.c, kMaskBits));
     }
     owns_rest_ = owns_ && row_ < rest;
   }
