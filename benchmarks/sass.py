@@ -110,10 +110,14 @@ def _take_built(arch: str, name: str, folder: Path) -> bool:
     """Copies the machine code of an object of the extension, if that is up to date."""
     file, _ = objects()[name]
     build = setup.build_folder()
-    built = build / "cuda" / f"{file.name}{name.removeprefix(file.stem)}.o"
-    ask = [Path(ninja.BIN_DIR) / "ninja", "-C", build, "-n", built.relative_to(build)]
+    target = f"cuda/{file.name}{name.removeprefix(file.stem)}.o"
+    built, manifest = build / target, build / "build.ninja"
+    # What the last build left out is a file like any other to ninja: nothing to do.
+    if not (built.exists() and f"build {target}:" in manifest.read_text()):
+        return False
+    ask = [Path(ninja.BIN_DIR) / "ninja", "-C", build, "-n", target]
     answer = subprocess.run(ask, capture_output=True, text=True, check=False)
-    if not built.exists() or "no work to do" not in answer.stdout:
+    if "no work to do" not in answer.stdout:
         return False
     with tempfile.TemporaryDirectory() as there:
         command = [_tool("cuobjdump"), "-xelf", f".{arch}.cubin", str(built)]

@@ -29,8 +29,8 @@ MAX_REGISTERS = 128
 MAX_STATIC_SHARED_BYTES = {"sm_80": 0}
 SYSTEMS_SHARED_BYTES = 1024
 # Three of Ampere's kernels, bfloat16's backward by columns with ReLU, lack up to 14 registers: one
-# launch of slices; their sums, and those of whole columns, 2 and 4. Four of 10.0's, sums by columns,
-# lack 2. All outside of the innermost loops.
+# launch of slices; their sums, and those of whole columns, 2 and 4. Four of 10.0's, sums by
+# columns, lack 2. All outside of the innermost loops.
 MAX_STACK_BYTES = {"sm_80": 56, "sm_100": 8}
 # Instructions an element of the hot loops of bfloat16 in 16-byte accesses on sm_90, rows and
 # columns: what lets memory be the limit.
@@ -76,6 +76,16 @@ def cubins() -> Path:
         return sass.compile_kernels(COMPILED)
     except sass.MissingToolError as error:
         pytest.skip(f"the CUDA kernels were not compiled: {error}")
+
+
+def test_what_an_older_build_has_left_is_not_counted(tmp_path, monkeypatch) -> None:
+    built = tmp_path / "cuda" / "launch_forward.cu.bfloat16.o"
+    built.parent.mkdir()
+    built.touch()
+    (tmp_path / "build.ninja").touch()  # of a build without CUDA
+    monkeypatch.setattr(sass.setup, "build_folder", lambda: tmp_path)
+    monkeypatch.setattr(sass, "_tool", lambda name: pytest.fail(f"{name} reads it"))
+    assert not sass._take_built(sass.ARCH, "launch_forward.bfloat16", tmp_path)
 
 
 def measured(folder: Path, arch: str, name: str) -> list[sass.Kernel]:
