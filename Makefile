@@ -40,8 +40,8 @@ bnext: $(TORCH) and what this target needs go into $(VENV), then the C++ is comp
   torch    as PyPI has it for x86-64, with the libraries of CUDA: 2.6 GB to download, 4.8 GB on disk;
            as a build for the CPU alone, if pip is given an index that has one: 0.2 and 0.9 GB
   others   0.2 GB to download, 0.5 GB on disk
-  compile  3 minutes on 2 cores, 3 more where there is a GPU and nvcc; then the demo takes 2 minutes,
-           the tests 12
+  compile  3 minutes on 2 cores, 4 more where there is a GPU and nvcc; then the demo takes 2 minutes,
+           the tests 12, or 19 where nvcc is found
 endef
 export ANNOUNCEMENT
 
