@@ -38,7 +38,7 @@ struct Layout {
   bool interleaved = false;
   Ends ends = Ends::kWhole;
 
-  bool is_sliced() const { return map == IndexMap::kColumns && ends == Ends::kRagged; }
+  bool is_sliced() const { return bnext::is_sliced(map, ends); }
 };
 
 // Bytes of one channel's input (backward: and gradient) that a resident team holds.

@@ -68,7 +68,7 @@ class Items {
   // Whether elements of other rows stand in an item beside the only bin's; of other slices, which
   // have bins that nobody reads.
   static constexpr bool kRagged = kRows && kEnds == Ends::kRagged;
-  static constexpr bool kSliced = !kRows && kEnds == Ends::kRagged;
+  static constexpr bool kSliced = is_sliced(kMap, kEnds);
   static constexpr bool kWhole = kEnds == Ends::kWhole;
 
   __device__ Items(const Problem& problem, const CudaPlan& plan, int64_t group, int64_t rank)

@@ -25,7 +25,7 @@ cudaError_t launch_as(const CudaPlan& plan, const Problem& problem, const Backwa
   return with_items<T>(plan, [&](auto v, auto map, auto ends) {
     constexpr bool kMasks = is_widest<T>(v), kAlone = kMasks || is_half_as_wide<T>(v, map);
     return with_gate<kAlone, kMasks, v <= kMaxSharedBackwardVector>(problem, [&](auto gate) {
-      constexpr bool kSliced = map == IndexMap::kColumns && ends == Ends::kRagged;
+      constexpr bool kSliced = is_sliced(map, ends);
       if (plan.family == Family::kResident) {
         if constexpr (kSliced && gate == Gate::kAny)
           return cudaErrorInvalidValue;  // see plan.cpp

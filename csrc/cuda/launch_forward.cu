@@ -29,7 +29,7 @@ cudaError_t launch_as(const CudaPlan& plan, const Problem& problem, const Forwar
   return with_items<T>(plan, [&](auto v, auto map, auto ends) {
     constexpr bool kMasks = is_widest<T>(v), kAlone = kMasks || is_half_as_wide<T>(v, map);
     constexpr bool kMasked = v == 1 && ends == Ends::kRagged;
-    constexpr bool kSliced = map == IndexMap::kColumns && ends == Ends::kRagged;
+    constexpr bool kSliced = is_sliced(map, ends);
     if constexpr (kSliced && v > 1 && !kMasks) {
       return cudaErrorInvalidValue;  // the plan takes slices by the widest accesses
     } else {

@@ -44,6 +44,11 @@ inline std::string to_string(Ends ends) {
   return ends == Ends::kWhole ? "whole" : "ragged";
 }
 
+// Whether rows of channels_last are cut into slices: see CudaPlan.
+constexpr bool is_sliced(IndexMap map, Ends ends) {
+  return map == IndexMap::kColumns && ends == Ends::kRagged;
+}
+
 // Memory is cut into accesses of `vector` adjacent elements ("items"), and they are a matrix.
 //   rows:    a column is a channel, a row one of its items, sample after sample, of row_items each.
 //   columns: a column is an item of `vector` adjacent bins, a row everything between two pixels
@@ -84,7 +89,7 @@ struct CudaPlan {
   int64_t bytes_moved, bytes_floor;
 
   constexpr int64_t group_bins() const { return group * bins_per_channel; }
-  constexpr bool is_sliced() const { return map == IndexMap::kColumns && ends == Ends::kRagged; }
+  constexpr bool is_sliced() const { return bnext::is_sliced(map, ends); }
   // Whether slices begin in the midst of items.
   constexpr bool has_phases() const { return is_sliced() && vector > 1; }
   // Of a warp's sums, before the warps of a block join theirs.
