@@ -6,8 +6,10 @@ the extension's own where that has them.
 
 import os
 import re
+import subprocess
 from pathlib import Path
 
+import ninja
 import pytest
 
 import bnext
@@ -79,10 +81,17 @@ def cubins() -> Path:
 
 
 def test_what_an_older_build_has_left_is_not_counted(tmp_path, monkeypatch) -> None:
-    built = tmp_path / "cuda" / "launch_forward.cu.bfloat16.o"
-    built.parent.mkdir()
-    built.touch()
-    (tmp_path / "build.ninja").touch()  # of a build without CUDA
+    manifest, source = tmp_path / "build.ninja", tmp_path / "forward.cu"
+    source.touch()
+    manifest.write_text(
+        "rule nvcc\n"
+        "  command = echo $out: $in > $out.d && touch $out\n"
+        "  depfile = $out.d\n"
+        "  deps = gcc\n"
+        f"build cuda/launch_forward.cu.bfloat16.o: nvcc {source}\n"
+    )
+    subprocess.run([Path(ninja.BIN_DIR) / "ninja", "-C", tmp_path], check=True)
+    manifest.write_text("")  # of a build without CUDA
     monkeypatch.setattr(sass.setup, "build_folder", lambda: tmp_path)
     monkeypatch.setattr(sass, "_tool", lambda name: pytest.fail(f"{name} reads it"))
     assert not sass._take_built(sass.ARCH, "launch_forward.bfloat16", tmp_path)
