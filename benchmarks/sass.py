@@ -23,14 +23,13 @@ FLAGS = ["-std=c++20", "-O3", "--expt-relaxed-constexpr", "-fmad=false", "-cubin
          "-Werror", "all-warnings"]  # fmt: skip
 # The architecture whose instructions are counted.
 ARCH = "sm_90"
-# Kernels of all activations have loops of many branches; those of one are counted in its name.
-ALONE = "silu"
-# Fused::kAny and Gate::kAny, last or before whether there is a residual or frozen statistics.
-SWITCHING = r"forward_kernel<.*, 2, \w+>|backward_kernel<.*, 3(, \w+)?>"
+# Loops of all activations have many branches; those of one are counted in its name.
+ANY, ALONE = "any", "silu"
 ELEMENT_BYTES = {"double": 8, "float": 4, "__half": 2, "__nv_bfloat16": 2}
 WIDTH = {"": 32, "64": 64, "128": 128, "U8": 8, "S8": 8, "U16": 16, "S16": 16}
-# Tiles of a reduction between two flushes of its floats to double (kTilesToFlush in sums.cuh).
-TILES_TO_FLUSH = 4
+# Items of a reduction's tile, and of tiles between two flushes of its floats to double (kTile and
+# kTilesToFlush in sums.cuh).
+TILE, FLUSHED = 4, 16
 FP64 = {"DADD", "DFMA", "DMUL", "DSETP"}
 CONVERSIONS = {"F2F", "I2F", "F2I"}  # packed ones, F2FP, are as quick as other instructions
 
@@ -41,10 +40,11 @@ class MissingToolError(Exception):
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel of one architecture; counts are per element, of hot loops at full tiles."""
+    """A kernel and what is fused; counts are per element, of its hot loops at full tiles."""
 
     arch: str
     kernel: str  # as in C++, without namespaces
+    fused: str  # forward: none, add, relu, add relu; backward: none, sign, mask, +frozen; both: any
     copy: float
     reduce: float
     apply: float
@@ -201,57 +201,109 @@ def _count(code: list[str], operations: set[str]) -> int:
     return sum(_operation(i).split(".")[0] in operations for i in code)
 
 
-def _hot_loops(
-    code: list[str],
-    loops: list[_Loop],
-    bits: int,
-    operands: int,
-    loads_of_item: int,
-    vector: int,
-    letter: str,  # of the operations that compute: D for double
-) -> dict[str, tuple[float, float, float, list[str]]]:
-    """Copy, reduce, apply -> instructions, fp64 and conversions an element, and the loop's code.
+@dataclass(frozen=True)
+class _HotLoop:
+    kind: str  # copy, reduce or apply
+    fused: str
+    items: float  # of a turn
+    body: list[str]
+    numbers: tuple[float, float, float]  # instructions, fp64 and conversions an element
 
-    Of each kind the loop with the most items. An item is `operands` copies, and as many loads from
-    shared memory or `loads_of_item` from global memory.
+
+def _fused(kernel: str, body: list[str], residuals: bool) -> str:
+    """What a loop is compiled for, told by its operations: see Fused and Gate in csrc/cuda.
+
+    `residuals`: it loads one, or stores the gradient of one.
     """
-    best: dict[str, tuple[float, float, float, float, list[str]]] = {}
+    if _count(body, {"MUFU"}):
+        return ANY
+    if "forward" in kernel:
+        relu = any(".RELU" in _operation(i) for i in body) or _count(body, {"FMNMX"})
+        return " ".join(["add"] * residuals + ["relu"] * bool(relu)) or "none"
+    if residuals or _accesses(body, "LDG", 8):
+        return "mask"
+    return "sign" if _count(body, {"FSET", "FSETP", "HSET2", "HSETP2"}) else "none"
+
+
+def _hot_loop(
+    kernel: str, code: list[str], loop: _Loop, bits: int, vector: int, letter: str
+) -> _HotLoop | None:
+    """`letter`: of the operations that compute, D for double."""
+    body = code[loop.first : loop.last + 1]
+    operands = 3 if "double" in kernel else 2 if "backward" in kernel else 1
+    copies, stores = _count(body, {"LDGSTS"}), _accesses(body, "STG", bits)
+    shared, loaded = _accesses(body, "LDS", bits), _accesses(body, "LDG", bits)
+    floats = _count(body, {f"{letter}ADD", f"{letter}FMA"})
+    floats += 2 * _count(body, {f"{letter}ADD2", f"{letter}FMA2"})
+    computes = floats + _count(body, {f"{letter}MUL"}) + 2 * _count(body, {f"{letter}MUL2"})
+    fused = ""
+    if copies:
+        kind, items = "copy", copies / operands
+    elif stores and computes >= vector:
+        kind = "apply"
+        if "double" in kernel:
+            items = 1.0
+        elif "forward" in kernel:
+            items = stores
+            fused = _fused(kernel, body, loaded > (0 if "resident" in kernel else items))
+        else:
+            items = shared / operands if "resident" in kernel else stores
+            fused = _fused(kernel, body, stores > items > 0)
+            if fused == "mask" and "resident" not in kernel:
+                items /= 2  # stores of two gradients
+    else:
+        kind, items = "reduce", (shared if "resident" in kernel else loaded) / operands
+        if items < 1 or floats < 2 * vector * items or (letter == "F" and _count(body, FP64)):
+            return None
+        if "forward" not in kernel and "double" not in kernel:
+            fused = _fused(kernel, body, False)
+    if fused == ANY and "backward" in kernel:
+        items = 1.0  # by its code, which loads a residual or not
+    if items <= 0 or (kind == "apply" and computes < vector * items):
+        return None
+    parts = [(body, items)]
+    if kind == "reduce" or "reduce" in kernel:
+        inner, outer = loop, loop.parent
+        while outer:
+            around = code[outer.first : inner.first] + code[inner.last + 1 : outer.last + 1]
+            if _count(around, FP64):
+                parts.append((around, FLUSHED))
+                break
+            parts.append((around, TILE))
+            inner, outer = outer, outer.parent
+        else:
+            del parts[1:]
+    if kind == "apply" and "reduce" in kernel:
+        fused += " frozen"
+    numbers = tuple(
+        sum(count(c) / (of * vector) for c, of in parts)
+        for count in (len, lambda c: _count(c, FP64), lambda c: _count(c, CONVERSIONS))
+    )
+    return _HotLoop(kind, fused, items, body, numbers)
+
+
+def _hot_loops(
+    kernel: str, code: list[str], loops: list[_Loop], bits: int, vector: int, letter: str
+) -> dict[str, dict[str, _HotLoop]]:
+    """What is fused -> kind -> loop: of each the one with the most items."""
+    found: dict[tuple[str, str], _HotLoop] = {}
     for loop in loops:
         if any(o is not loop and loop.first <= o.first and o.last <= loop.last for o in loops):
             continue
-        body = code[loop.first : loop.last + 1]
-        copies = _count(body, {"LDGSTS"})
-        shared, loaded = _accesses(body, "LDS", bits), _accesses(body, "LDG", bits)
-        items = loaded / loads_of_item if loaded >= loads_of_item else shared / operands
-        floats = _count(body, {f"{letter}ADD", f"{letter}FMA"})
-        floats += 2 * _count(body, {f"{letter}ADD2", f"{letter}FMA2"})
-        computes = floats + _count(body, {f"{letter}MUL"}) + 2 * _count(body, {f"{letter}MUL2"})
-        if copies:
-            kind, items = "copy", copies / operands
-        elif _accesses(body, "STG", bits) and computes >= vector * items > 0:
-            kind = "apply"
-            items = shared / operands if shared >= operands else items
-        elif items >= 1 and floats >= 2 * vector * items:
-            kind = "reduce"
-        else:
-            continue
-        parts = [(body, 1.0)]
-        if kind == "reduce" and loop.parent:
-            outer = code[loop.parent.first : loop.first]
-            outer = outer + code[loop.last + 1 : loop.parent.last + 1]
-            if _count(outer, FP64):
-                parts.append((outer, 1 / TILES_TO_FLUSH))
-        numbers = [
-            sum(count(c) * share for c, share in parts) / (items * vector)
-            for count in (len, lambda c: _count(c, FP64), lambda c: _count(c, CONVERSIONS))
-        ]
-        if kind not in best or items > best[kind][0]:
-            best[kind] = (items, numbers[0], numbers[1], numbers[2], body)
-    return {kind: found[1:] for kind, found in best.items()}
+        hot = _hot_loop(kernel, code, loop, bits, vector, letter)
+        if hot and hot.items > getattr(found.get((hot.fused, hot.kind)), "items", 0):
+            found[hot.fused, hot.kind] = hot
+    together: dict[str, dict[str, _HotLoop]] = {}
+    common = {kind: hot for (fused, kind), hot in found.items() if not fused}
+    for fused in dict.fromkeys(fused for fused, _ in found if fused) or [""]:
+        together[fused] = common | {k: hot for (f, k), hot in found.items() if f == fused}
+    if "resident_backward" in kernel and "sign" in together:
+        together["sign"]["apply"] = found["none", "apply"]  # dy has passed the sign already
+    return together
 
 
 def measure(folder: Path, arch: str, name: str) -> list[Kernel]:
-    """All kernels of an object; of one activation alone, those that others have a switch in."""
+    """All kernels of an object; of one activation alone, what others have a switch in."""
     cubin, alone = folder / f"{name}.{arch}", name.endswith(f".{ALONE}")
     functions = _functions(_output(_tool("nvdisasm"), "-c", cubin))
     usage = dict(re.findall(r"Function (\S+):\n\s*(REG:.*)", _output(
@@ -262,34 +314,30 @@ def measure(folder: Path, arch: str, name: str) -> list[Kernel]:
         short = re.sub(r"bnext::|\((?:int|bool)\)|^void |\(anonymous namespace\)::", "", name)
         short = re.sub(r"\((?:\w+)\)(\d)", r"\1", short.split(">(")[0] + ">" * (">(" in short))
         shape = re.search(r"<(\w+), (\d+)", short)
-        if not shape or (alone and not re.search(SWITCHING, short)):
+        if not shape:
             continue
         vector = int(shape[2])
         bits = 8 * ELEMENT_BYTES[shape[1]] * vector
-        operands = 3 if "double" in short else 2 if "backward" in short else 1
-        loads = operands
-        if "forward" in short and "apply" in short and short.endswith("true>"):
-            loads += 1  # the residual
-        if "apply_backward" in short and re.search(r", [02], true>$", short):
-            loads -= 1  # frozen statistics, and no activation or a mask: x is not read
         letter = "D" if shape[1] == "double" else "F"
-        hot = _hot_loops(code, loops, bits, operands, loads, vector, letter)
-        numbers = [hot[k][0] if k in hot else 0.0 for k in ("copy", "reduce", "apply")]
-        widths: Counter[int] = Counter()
-        for *_, body in hot.values():
-            for operation in ("LDG", "STG", "LDS", "STS", "LDGSTS"):
-                for width in set(WIDTH.values()):
-                    widths[width] += _accesses(body, operation, width)
         of = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", usage[mangled])}
-        kernels.append(
-            Kernel(
-                arch, f"{short} {ALONE}" if alone else short, *numbers, sum(numbers),
-                sum(h[1] for h in hot.values()), sum(h[2] for h in hot.values()),
-                " ".join(str(w) for w in sorted(widths) if widths[w]), of["REG"],
-                min(64, 65536 // (-(-of["REG"] // 8) * 8 * 32)),
-                _count(code, {"LDL", "STL"}), of["STACK"], of["SHARED"],
-            )
-        )  # fmt: skip
+        for fused, hot in _hot_loops(short, code, loops, bits, vector, letter).items():
+            if alone and ANY not in fused:
+                continue
+            widths: Counter[int] = Counter()
+            for loop in hot.values():
+                for operation in ("LDG", "STG", "LDS", "STS", "LDGSTS"):
+                    for width in set(WIDTH.values()):
+                        widths[width] += _accesses(loop.body, operation, width)
+            numbers = [hot[k].numbers[0] if k in hot else 0.0 for k in ("copy", "reduce", "apply")]
+            kernels.append(
+                Kernel(
+                    arch, short, fused.replace(ANY, ALONE) if alone else fused, *numbers,
+                    *(sum(loop.numbers[n] for loop in hot.values()) for n in range(3)),
+                    " ".join(str(w) for w in sorted(widths) if widths[w]), of["REG"],
+                    min(64, 65536 // (-(-of["REG"] // 8) * 8 * 32)),
+                    _count(code, {"LDL", "STL"}), of["STACK"], of["SHARED"],
+                )
+            )  # fmt: skip
     return kernels
 
 
@@ -302,7 +350,7 @@ def run(out: Path, archs: list[str], pattern: str) -> int:
     except MissingToolError as error:
         print(f"sass: not counted: {error}", file=sys.stderr)
         return 1
-    shown = [k for k in kernels if re.search(pattern, k.kernel)]
+    shown = [k for k in kernels if re.search(pattern, f"{k.kernel} {k.fused}")]
     if not shown:
         raise BadArgumentError(f"argument --filter: {pattern!r} matches no kernel")
     facts = {key: report.provenance()[key] for key in ("date", "commit", "bnext")}
@@ -318,7 +366,8 @@ def run(out: Path, archs: list[str], pattern: str) -> int:
     for k in shown:
         print(
             f"{k.copy:5.2f} {k.reduce:6.2f} {k.apply:6.2f} {k.total:6.2f} {k.fp64:5.2f} "
-            f"{k.conversions:5.2f} {k.registers:4} {k.warps:5} {k.local:5}  {k.arch} {k.kernel}"
+            f"{k.conversions:5.2f} {k.registers:4} {k.warps:5} {k.local:5}  "
+            f"{k.arch} {k.kernel} {k.fused}"
         )
     print(f"{len(kernels)} kernels in {out / 'sass.csv'}")
     return 0

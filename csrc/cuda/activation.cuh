@@ -9,8 +9,14 @@
 
 namespace bnext {
 
-// What kernels are compiled for: nothing and ReLU by themselves, all others together.
-enum class Fused : uint8_t { kNone, kRelu, kAny };
+// For which activations a kernel has hot loops of their own: by kAlone for none and for ReLU, by
+// kMasks where a mask is written or read too. Others share a loop, of narrower accesses all.
+template <class T, int V, IndexMap kMap>
+struct Loops {
+  static constexpr bool kMasks = sizeof(T) * V == 16;
+  static constexpr bool kAlone =
+      kMasks || (sizeof(T) * V == 8 && V > 1 && kMap == IndexMap::kRows);  // 14x14 in 16 bits
+};
 
 // What activation.h computes with. kQuick: 16-bit results need no more than the quick exp.
 template <class C, bool kQuick>
@@ -41,17 +47,21 @@ struct Real {
   __device__ friend Real erf(Real z) { return Real(std::erf(z.value)); }
 };
 
-// `benchmarks sass` counts whole loops, so it has one of the activations compiled alone.
+// `benchmarks sass` counts whole loops, so it has one of the activations compiled alone, with no
+// residual, mask or residual's gradient beside it.
 #ifdef BNEXT_ONLY_ACT
 __device__ constexpr Act compiled(Act) {
   return Act::BNEXT_ONLY_ACT;
 }
-inline constexpr bool kMasks = traits(Act::BNEXT_ONLY_ACT).needs == Needs::kSign;
-#else
-__device__ constexpr Act compiled(Act act) {
-  return act;
+template <class Beside>
+__device__ constexpr Beside* compiled(Beside*) {
+  return nullptr;
 }
-inline constexpr bool kMasks = true;
+#else
+template <class Value>
+__device__ constexpr Value compiled(Value value) {
+  return value;
+}
 #endif
 
 // f(z) of each of an item's elements.

@@ -9,107 +9,9 @@
 //   apply     frozen statistics, dx alone, 2E; or from given sums, 3E.
 #pragma once
 
-#include "gate.cuh"
+#include "channel.cuh"
 
 namespace bnext {
-
-// What is read of a channel once; in place of it, later, the gradients of its parameters.
-struct ChannelStatistics {
-  double mean, low, invstd, weight;
-
-  // What the mean loses where it is rounded to C, as kernels subtract it.
-  template <class C>
-  __device__ double rounding() const {
-    return mean - static_cast<double>(static_cast<C>(mean)) + low;
-  }
-};
-static_assert(sizeof(ChannelStatistics) <= kRecordBytes);
-
-template <class Args>
-__device__ inline bool is_frozen(const Args& args) {
-  return !args.save_stats;
-}
-
-template <class Args>
-__device__ inline ChannelStatistics statistics_of(const Call<Args>& call, int64_t c) {
-  const Args& args = call.args;
-  const double weight = read(args.weight, c, 1);
-  if (is_frozen(args))
-    return {read(args.running_mean, c, 0), 0, inverse_std(read(args.running_var, c, 1), args.eps),
-            weight};
-  const double* const mean = args.save_stats + c;
-  return {mean[0], mean[2 * call.problem.c], mean[call.problem.c], weight};
-}
-
-// The power of two next below 1 / std: x - mean and its products stay within what floats hold.
-template <class C>
-__device__ inline C unit_of(double invstd, C mean) {
-  const C unit = static_cast<C>(ldexp(1.0, ilogb(invstd)));
-  return unit > 0 && mean * unit - mean * unit == 0 ? unit : C(1);
-}
-
-// The coefficients that need no sums; dx = results.x * dy where the statistics are frozen. Ends
-// with a barrier.
-template <class T, Gate kGate>
-__device__ inline void prepare(const BackwardCall& call, const SharedLayout& shared,
-                               int64_t channel0, int channels) {
-  using C = compute_t<T>;
-  auto* const prepared = static_cast<Prepared<C>*>(shared.prepared);
-  auto* const records = reinterpret_cast<ChannelStatistics*>(shared.records);
-  for (int i = static_cast<int>(threadIdx.x); i < channels; i += call.plan.threads) {
-    const ChannelStatistics s = statistics_of(call, channel0 + i);
-    const double bias = read(call.args.bias, channel0 + i, 0);
-    const Affine<C> affine = make_affine<C>(s.mean, s.invstd, s.weight, bias, s.low);
-    const C unit = unit_of(s.invstd, affine.mean);
-    records[i] = s;
-    prepared[i] = {affine.mean, affine.scale, affine.shift, 0, 0, unit, affine.mean * unit, 0};
-    if constexpr (kGate == Gate::kSign && sizeof(T) == 2) {
-      unsigned threshold, sign;
-      find_threshold<T>(affine, threshold, sign);
-      prepared[i].threshold = float_of(threshold);
-      prepared[i].sign = float_of(sign);
-    }
-    shared.quads<C>()[i] = {affine.scale, 0, 0, 0};
-  }
-  sync_block();
-}
-
-__device__ inline void add_sums(Pair& sums, const GradSums& s, const GradSums&) {
-  sums.a += s.dy;
-  sums.b += s.dy_xmu;
-}
-
-// dx's coefficients from the means of dy and dy h.
-template <class C>
-__device__ inline Quad<C> input_grad(const ChannelStatistics& s, double mean_dy, double mean_dy_h) {
-  const InputGrad<double> grad =
-      make_input_grad<double>(s.mean, s.invstd, s.weight, mean_dy, mean_dy_h);
-  const double unit = unit_of(s.invstd, static_cast<C>(s.mean));
-  return {static_cast<C>(grad.a), static_cast<C>(grad.b * (s.invstd / unit)),
-          static_cast<C>(grad.c - grad.b * s.rounding<C>() * s.invstd), 0};
-}
-
-// The same from sums about the rounded mean; the parameters' gradients go to the record.
-template <class C>
-__device__ inline Quad<C> finish_backward(const BackwardCall& call, const SharedLayout& shared,
-                                          int channel, const Pair& sums) {
-  auto& record = reinterpret_cast<ChannelStatistics*>(shared.records)[channel];
-  const ChannelStatistics s = record;
-  const double count = static_cast<double>(call.problem.count());
-  const double sum_dy_h = (sums.b - s.rounding<C>() * sums.a) * s.invstd;
-  const Quad<C> grad = input_grad<C>(s, sums.a / count, sum_dy_h / count);
-  record = {sums.a, sum_dy_h, 0, 0};  // last: ragged rows spill a register otherwise
-  return grad;
-}
-
-__device__ inline void write_param_grads(const BackwardCall& call, const SharedLayout& shared,
-                                         int64_t channel0, int channels, int64_t rank) {
-  for (int i = static_cast<int>(threadIdx.x); i < channels; i += call.plan.threads) {
-    if (!finishes(call.plan, rank, i)) continue;
-    write(call.args.grad_bias, channel0 + i, shared.records[4 * i]);
-    write(call.args.grad_weight, channel0 + i, shared.records[4 * i + 1]);
-  }
-}
 
 // Coefficients that a thread keeps: where any activation is passed, no registers are left for
 // pairs.
@@ -158,7 +60,7 @@ class GradientsOut {
   template <class Items>
   __device__ GradientsOut(const BackwardCall& call, const Items& items)
       : has_input_(call.args.grad_input),
-        has_residual_(call.args.grad_residual),
+        has_residual_(compiled(call.args.grad_residual)),
         input_(items_in<T, V>(call.args.grad_input, items)),
         residual_(items_in<T, V>(call.args.grad_residual, items)),
         keep_(call.plan.keeps_output) {}
@@ -172,8 +74,9 @@ class GradientsOut {
     grad(dx, x, dy);
     if (kGate != Gate::kAny || has_input_)
       store_own(keep_, items, k, input_ + to, Item<T, V>::pack(dx));
-    if (kGate == Gate::kMask || (kGate == Gate::kAny && has_residual_))
-      store_own(keep_, items, k, residual_ + to, dy_item);
+    if constexpr (kGate == Gate::kMask) store_own(keep_, items, k, residual_ + to, dy_item);
+    if (kGate == Gate::kAny && has_residual_)
+      store_own(keep_, items, k, residual_ + to, Item<T, V>::pack(dy));
   }
 
  private:
@@ -182,24 +85,26 @@ class GradientsOut {
   Keep keep_;
 };
 
-// GradSums of this block for each channel of the group, in shared.partials; with kFrozen also dx.
-// `sum`: calls its argument, which adds items to the sums, for all of them.
-template <class T, int V, Gate kGate, bool kFrozen, class Items, class Source, class Sum>
-__device__ inline void reduce_backward(const BackwardCall& call, const Items& items, int channels,
-                                       const SharedLayout& shared, const Source& source,
-                                       const Sum& sum) {
+// Adds a thread's items to its sums; with kFrozen writes dx too. `sum`: calls its argument, which
+// adds items to the sums, for all of them.
+template <class T, int V, Gate kGate, bool kFrozen, class Items, class Source, class Sums,
+          class Sum>
+__device__ inline void sum_backward(const BackwardCall& call, const Items& items,
+                                    const SharedLayout& shared, const Source& source, Sums& sums,
+                                    const Sum& sum) {
   using C = compute_t<T>;
-  const auto* const prepared = static_cast<const Prepared<C>*>(shared.prepared);
-  const GateOf<kGate, T, V, Items> gate(call, items, prepared);
+  constexpr bool kAny = kGate == Gate::kAny;
+  const GateOf<kGate, T, V, Items> gate(call, items,
+                                        static_cast<const Prepared<C>*>(shared.prepared));
   constexpr int kLanes = lanes_of<kGate, Items>;
   const InputGradOf<C, true, kLanes> frozen_grad(items, shared);
-  Sums<C, Items::kBins> sums;
   const GradientsOut<T, V, kGate> out(call, items);
-  sum(sums, [&](int k, auto count) {
-    // Items of both operands that take registers.
-    constexpr int kLoads = count < 2 || kGate == Gate::kAny ? 1 : 2;
-    C a[V], b[V];
-#pragma unroll
+  sum(Constant<kAny>{}, [&](int k, auto count) {
+    // Items of both operands that take registers. Slices have fewer left.
+    constexpr bool kFew = kAny || (Items::kSliced && V == 8 && Source::kShared);
+    constexpr int kLoads = kFew || std::is_same_v<decltype(count), Count<1>> ? 1 : 2;
+    C a[V]{}, b[V]{};
+#pragma unroll(kAny ? 1 : kTile)
     for (int j = 0; j < count; j += kLoads) {
       Item<T, V> x_item[kLoads], dy_item[kLoads];
       typename GateOf<kGate, T, V, Items>::More more[kLoads];
@@ -229,28 +134,49 @@ __device__ inline void reduce_backward(const BackwardCall& call, const Items& it
         // f' of what is added in other rows may be NaN.
 #pragma unroll
         for (int v = 0; v < V; ++v)
-          if (kGate == Gate::kAny && !items.has(k + j + i, v)) dy[v] = 0;
+          if (kAny && !items.has(k + j + i, v)) dy[v] = 0;
         C minus_mean[kLanes];
 #pragma unroll
         for (int v = 0; v < kLanes; ++v) minus_mean[v] = -gate.mean(v);
         add_to(x, minus_mean);
-        add_products(a, b, dy, x, j + i == 0);
+        add_products(a, b, dy, x, !kAny && j + i == 0);
       }
     }
     sums.template add<V>(a, b);
+  });
+}
+
+// GradSums of this block for each channel of the group, in shared.partials; where the statistics
+// are frozen also dx. `sum`: as of sum_backward, with the sums.
+template <class T, int V, IndexMap kMap, bool kShared, class Items, class Source, class Sum>
+__device__ inline void reduce_backward(const BackwardCall& call, const Items& items, int channels,
+                                       const SharedLayout& shared, const Source& source,
+                                       const Sum& sum) {
+  using C = compute_t<T>;
+  constexpr bool kSlab = Source::kShared;
+  Sums<C, Items::kBins> sums;
+  const auto add = [&](auto once, const auto& add) { sum(once, sums, add); };
+  with_gate<Loops<T, V, kMap>, kShared, false>(call.problem, [&](auto gate) {
+    if constexpr (!kSlab && !Items::kSliced)
+      if (is_frozen(call.args))
+        return sum_backward<T, V, gate, true>(call, items, shared, source, sums, add);
+    sum_backward<T, V, gate, false>(call, items, shared, source, sums, add);
   });
   const double least = items.most() * 0x1p-100;
   settle<GradSums>(
       items, sums, call.plan, shared, channels, shared.results,
       [&] {
+        // A slab keeps dy as an exact gate has left it.
+        const bool passed = kSlab && has_loop_of_its_own<Loops<T, V, kMap>, kShared>(call.problem);
+        const auto* const prepared = static_cast<const Prepared<C>*>(shared.prepared);
         sum_again<V>(items, sums, [&](int k, int v, double& a, double& b) {
           if (!items.has(k, v)) return;
           const Prepared<C>& p = prepared[items.channel(v)];
           const unsigned at = items(k);
           const C x = source.element(k, 0, at, v);
           C dy = source.element(k, 1, at, v);
-          if constexpr (!(Source::kShared && gate.kIsExact))
-            dy = gate.pass_one(k, at, v, {p.mean, p.scale, p.shift}, x, dy);
+          if (!passed)
+            dy = pass_one<T, V, kShared>(call, items, k, v, {p.mean, p.scale, p.shift}, x, dy);
           const double xmu = static_cast<double>(x) - static_cast<double>(p.mean);
           a += static_cast<double>(dy);
           b = fma(static_cast<double>(dy), xmu, b);
@@ -265,35 +191,48 @@ __device__ inline void reduce_backward(const BackwardCall& call, const Items& it
 
 // dx of a thread's items.
 template <class T, int V, Gate kGate, bool kFrozen, class Items, class Source>
-__device__ inline void apply_backward(const BackwardCall& call, const Items& items,
-                                      const SharedLayout& shared, const Source& source) {
+__device__ inline void apply_items(const BackwardCall& call, const Items& items,
+                                   const SharedLayout& shared, const Source& source) {
   using C = compute_t<T>;
+  constexpr bool kAny = kGate == Gate::kAny;
   // A slab keeps dy as the reduction has left it.
   constexpr bool kDone = Source::kShared && GateOf<kGate, T, V, Items>::kIsExact;
-  if (!items.owns()) return;
   using GateHere = GateOf<kDone ? Gate::kNone : kGate, T, V, Items>;
   const GateHere gate(call, items, static_cast<const Prepared<C>*>(shared.prepared));
   const InputGradOf<C, kFrozen, lanes_of<kGate, Items>> grad(items, shared);
   const GradientsOut<T, V, kGate> out(call, items);
-  for_items<kGate == Gate::kAny ? 1 : 2>(items, [&](int k, auto count, auto checked) {
+  // Four accesses of a thread at a time, or those of one item, where more take too many registers.
+  constexpr bool kReadsX = !kFrozen || GateHere::kReadsX;
+  constexpr int kItems = kAny || (Items::kSliced && V == 8) ? 1 : kReadsX ? 2 : 4;
+  for_items<kItems, 1, kAny, false>(items, [&](int k, auto count, const auto& has) {
     Item<T, V> x_item[count], dy_item[count];
     typename GateHere::More more[count];
     unsigned at[count];
-    if (checked && !items.valid(k)) return;
 #pragma unroll
     for (int i = 0; i < count; ++i) {
+      if (!has(k + i)) continue;
       at[i] = items(k + i);
       more[i] = gate.more(k + i, at[i]);
-      if constexpr (!kFrozen || GateHere::kReadsX) x_item[i] = source(k + i, 0, at[i]);
+      if constexpr (kReadsX) x_item[i] = source(k + i, 0, at[i]);
       dy_item[i] = source(k + i, 1, at[i]);
     }
 #pragma unroll
     for (int i = 0; i < count; ++i) {
+      if (!has(k + i)) continue;
       C x[V], dy[V];
-      if constexpr (!kFrozen || GateHere::kReadsX) x_item[i].unpack(x);
+      if constexpr (kReadsX) x_item[i].unpack(x);
       gate.pass(x_item[i], x, more[i], dy_item[i], dy);
       out.store(grad, items, k + i, at[i], x, dy, dy_item[i]);
     }
+  });
+}
+
+template <class T, int V, IndexMap kMap, bool kShared, bool kFrozen, class Items, class Source>
+__device__ inline void apply_backward(const BackwardCall& call, const Items& items,
+                                      const SharedLayout& shared, const Source& source) {
+  if (!items.owns()) return;
+  with_gate<Loops<T, V, kMap>, kShared, Source::kShared>(call.problem, [&](auto gate) {
+    apply_items<T, V, gate, kFrozen>(call, items, shared, source);
   });
 }
 
@@ -302,12 +241,13 @@ __device__ inline Global<T, V, 2> operands_of(const BackwardCall& call, const It
   return {{items_in<T, V>(call.args.input, items), items_in<T, V>(call.args.grad_out, items)}};
 }
 
-template <class T, int V, IndexMap kMap, Ends kEnds, Gate kGate>
+template <class T, int V, IndexMap kMap, Ends kEnds>
 __global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_resident_backward_kernel(const __grid_constant__ BackwardCall call) {
   const CudaPlan& plan = call.plan;
   const SharedLayout shared = shared_layout(plan);
   const Slab<T, V, 2> slab(shared.slabs, plan);
+  constexpr bool kShared = is_shared<V, kMap, kEnds> && !is_sliced(kMap, kEnds);  // see plan.cpp
   const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
   // All blocks take equally many turns: one without a group still has to meet the others.
   for (int64_t turn = 0; turn * plan.teams < plan.groups; ++turn) {
@@ -316,21 +256,21 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
     const Items<kMap, V, kEnds> items(call.problem, plan, group, rank);
     copy_items(items, operands_of<T, V>(call, items), slab);
     if (turn > 0) sync_block();  // the last one's records have been read
-    prepare<T, kGate>(call, shared, channel0, channels);
-    reduce_backward<T, V, kGate, false>(
+    prepare<T, Loops<T, V, kMap>::kAlone>(call, shared, channel0, channels);
+    reduce_backward<T, V, kMap, kShared>(
         call, items, channels, shared, slab,
-        [&](auto& sums, const auto& add) { sum_as_they_land(items, sums, add); });
+        [&](auto once, auto& sums, const auto& add) { sum_as_they_land<once>(items, sums, add); });
     exchange<GradSums, compute_t<T>>(plan, shared, call.workspace, channels, team, rank, add_sums,
                                      [&](int i, const Pair& sums, const GradSums&) {
                                        return finish_backward<compute_t<T>>(call, shared, i, sums);
                                      });
-    apply_backward<T, V, kGate, false>(call, items, shared, slab);
+    apply_backward<T, V, kMap, kShared, false>(call, items, shared, slab);
     write_param_grads(call, shared, channel0, channels, rank);
     wait_for_team(plan);
   }
 }
 
-template <class T, int V, IndexMap kMap, Ends kEnds, Gate kGate, bool kFrozen>
+template <class T, int V, IndexMap kMap, Ends kEnds>
 __global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_reduce_backward_kernel(const __grid_constant__ BackwardCall call) {
   const CudaPlan& plan = call.plan;
@@ -339,15 +279,17 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
   const int64_t group = call.first_group + team;
   const int channels = channels_of(call.problem, plan, group);
   const Items<kMap, V, kEnds> items(call.problem, plan, group, rank);
-  prepare<T, kGate>(call, shared, group * plan.group, channels);
-  reduce_backward<T, V, kGate, kFrozen>(
+  prepare<T, Loops<T, V, kMap>::kAlone>(call, shared, group * plan.group, channels);
+  reduce_backward<T, V, kMap, is_shared<V, kMap, kEnds>>(
       call, items, channels, shared, operands_of<T, V>(call, items),
-      [&](auto& sums, const auto& add) { sum_items(items, 0, items.total(), sums, add); });
+      [&](auto once, auto& sums, const auto& add) {
+        sum_items<once>(items, 0, items.total(), sums, add);
+      });
   publish<GradSums>(plan, shared, channels,
                     workspace_of<GradSums>(call.workspace, plan, team, rank));
 }
 
-template <class T, int V, IndexMap kMap, Ends kEnds, Gate kGate, bool kFrozen>
+template <class T, int V, IndexMap kMap, Ends kEnds, bool kFrozen>
 __global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_apply_backward_kernel(const __grid_constant__ BackwardCall call) {
   using C = compute_t<T>;
@@ -356,7 +298,7 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
   const int64_t team = blockIdx.x / plan.team_blocks, rank = blockIdx.x % plan.team_blocks;
   const int64_t group = call.first_group + team, channel0 = group * plan.group;
   const int channels = channels_of(call.problem, plan, group);
-  prepare<T, kGate>(call, shared, channel0, channels);
+  prepare<T, Loops<T, V, kMap>::kAlone>(call, shared, channel0, channels);
   const bool training = is_training(call.problem.stage);
   if constexpr (!kFrozen) {
     Quad<C>* const quads = shared.quads<C>();
@@ -367,14 +309,16 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
                                });
     } else {
       const auto* const records = reinterpret_cast<const ChannelStatistics*>(shared.records);
+      const auto* const prepared = static_cast<const Prepared<C>*>(shared.prepared);
       const double* const means = call.args.grad_means + channel0;
       for (int i = static_cast<int>(threadIdx.x); i < channels; i += plan.threads)
-        quads[i] = input_grad<C>(records[i], means[i], means[call.problem.c + i]);
+        quads[i] = input_grad(records[i], prepared[i].unit, means[i], means[call.problem.c + i]);
     }
     sync_block();
   }
   const Items<kMap, V, kEnds> items(call.problem, plan, group, rank);
-  apply_backward<T, V, kGate, kFrozen>(call, items, shared, operands_of<T, V>(call, items));
+  apply_backward<T, V, kMap, is_shared<V, kMap, kEnds>, kFrozen>(call, items, shared,
+                                                                 operands_of<T, V>(call, items));
   if (!kFrozen && training) write_param_grads(call, shared, channel0, channels, rank);
 }
 
@@ -386,7 +330,7 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
   const SharedLayout shared = shared_layout(plan);
   const int64_t group = call.first_group + blockIdx.x, channel0 = group * plan.group;
   const int channels = channels_of(call.problem, plan, group);
-  prepare<T, Gate::kNone>(call, shared, channel0, channels);
+  prepare<T, false>(call, shared, channel0, channels);
   join_published<GradSums>(plan, call.workspace, blockIdx.x, channels, add_sums,
                            [&](int i, const Pair& sums, const GradSums&) {
                              finish_backward<compute_t<T>>(call, shared, i, sums);

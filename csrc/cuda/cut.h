@@ -46,23 +46,20 @@ int64_t channel_bytes(const Problem& p) {
   return p.count() * element_size(p.dtype) * operands(p.stage);
 }
 
-int most_vector(const Problem& p) {
-  if (p.stage == Stage::kDoubleBackward) return kMaxDoubleBackwardVector;
-  if (is_backward(p.stage) && !has_gate_of_its_own(p)) return kMaxSharedBackwardVector;
-  return kMaskBits;
-}
-
-int widest(const Problem& p) {
+int widest(const Problem& p, IndexMap map, Ends ends) {
   if (p.dtype == DType::kFloat64) return 1;
-  return std::min(static_cast<int>(16 / element_size(p.dtype)), most_vector(p));
+  const bool is_shared = is_backward(p.stage) && !has_gate_of_its_own(p);
+  const int most = p.stage == Stage::kDoubleBackward ? kMaxDoubleBackwardVector
+                   : is_shared                       ? most_shared_vector(map, ends)
+                                                     : kMaskBits;
+  return std::min(static_cast<int>(16 / element_size(p.dtype)), most);
 }
 
 std::vector<int> vectors(const Problem& p) {
   std::vector<int> fit;
   for (const int v : {8, 4, 1}) {
     const int64_t bytes = v * element_size(p.dtype);
-    if (bytes <= 16 && bytes <= std::max<int64_t>(p.alignment, element_size(p.dtype)) &&
-        (v == 1 || p.dtype != DType::kFloat64) && v <= most_vector(p))
+    if (v == 1 || (bytes <= p.alignment && v <= widest(p, IndexMap::kRows, Ends::kWhole)))
       fit.push_back(v);
   }
   return fit;
@@ -119,8 +116,10 @@ Layout choose_layout(const Problem& p, const CudaInfo& cuda) {
   const std::vector<int> fit = vectors(p);
   const bool is_short = p.hw * element_size(p.dtype) < kMinRowBytes;
   const bool divides = p.hw > 4 && p.hw % 4 == 0 && fit.front() >= 4;
+  const int widest_column = widest(p, IndexMap::kColumns, Ends::kWhole);
   for (const int v : fit) {
     if (p.channels_last) {
+      if (v > widest_column) continue;
       const bool has_slices = p.has_mask && p.is_sliced();
       if (p.c % v == 0 && !has_slices) return {IndexMap::kColumns, v, 1, column_groups(p, 1, v)};
       // Three channels: every eight pixels begin at an aligned address again. One group has all
@@ -132,22 +131,24 @@ Layout choose_layout(const Problem& p, const CudaInfo& cuda) {
         return {IndexMap::kColumns, v, pixels, {p.c}, true};
       if (v == 1 && p.needs_aligned_slices())
         throw std::invalid_argument("bnext: a mask of slices of channels, but unaligned tensors");
-      if (v == 1 || (p.is_sliced() && p.numel() % kMaskBits == 0 && v == widest(p)))
+      if (v == 1 || (p.is_sliced() && p.numel() % kMaskBits == 0 && v == widest_column))
         return {IndexMap::kColumns, v, 1, {p.slice()}, false, Ends::kRagged};
       continue;
     }
     const int64_t unit = row_unit(p, v);
     // Division by multiplication takes no divisor of one.
     const bool rows = p.hw % unit == 0 && (p.hw > v || p.n == 1);
-    const bool columns = !p.has_mask && p.c * p.hw % v == 0 && p.hw <= kMaxGroupBins &&
+    const int column = std::min(v, widest_column);
+    const bool columns = !p.has_mask && p.c * p.hw % column == 0 && p.hw <= kMaxGroupBins &&
                          least_columns_group(p, p.hw) * p.hw <= kMaxGroupBins;
     if (columns && (is_short || !(rows || divides)))
-      return {IndexMap::kColumns, v, p.hw, column_groups(p, p.hw, v)};
+      return {IndexMap::kColumns, column, p.hw, column_groups(p, p.hw, column)};
     // Rows of odd length begin at the same place of an aligned item in each sample, or at its
     // start.
     const bool whole_items = p.hw % v == 0;
-    const bool ragged = p.hw % unit != 0 && (p.has_mask || !divides) &&
-                        (whole_items || p.c * p.hw % unit == 0) && p.hw < kMaxRaggedRow;
+    const bool ragged = v <= widest(p, IndexMap::kRows, Ends::kRagged) && p.hw % unit != 0 &&
+                        (p.has_mask || !divides) && (whole_items || p.c * p.hw % unit == 0) &&
+                        p.hw < kMaxRaggedRow;
     const Ends ends = ragged ? Ends::kRagged : Ends::kWhole;
     if (rows || ragged) return {IndexMap::kRows, v, 1, {row_group(p, cuda, v)}, false, ends};
   }

@@ -5,7 +5,7 @@
 //   + apply   up to 6E: every block joins its group's and writes its rows.
 #pragma once
 
-#include "backward.cuh"
+#include "channel.cuh"
 
 namespace bnext {
 

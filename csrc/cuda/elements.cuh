@@ -9,6 +9,9 @@
 
 namespace bnext {
 
+template <auto kValue>
+using Constant = std::integral_constant<decltype(kValue), kValue>;
+
 template <class T>
 struct Compute {
   using type = float;

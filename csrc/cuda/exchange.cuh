@@ -149,23 +149,21 @@ __device__ inline void settle(const Items& items, const Sums& sums, const CudaPl
                               const SumAgain& sum_again, const Partial& partial) {
   P* const partials = static_cast<P*>(shared.partials);
   bool* const is_unfit = static_cast<bool*>(unfit);
-  bool any = false;
-  join_threads(items, sums, plan, shared, channels, [&](int channel, const Pair& sum) {
-    bool fits = true;
-    const P found = partial(channel, sum, false, fits);
-    partials[channel] = found;
-    is_unfit[channel] = !fits;
-    any = any || !fits;
-  });
-  if (!any_of_block(any)) return;
-  sum_again();
-  join_threads(items, sums, plan, shared, channels, [&](int channel, const Pair& sum) {
-    bool fits = true;
-    if (!is_unfit[channel]) return;
-    const P found = partial(channel, sum, true, fits);
-    partials[channel] = found;
-  });
-  sync_block();
+  // One loop and not the same twice: it is half of what a kernel compiles besides its hot loops.
+#pragma unroll 1
+  for (bool again = false;; again = true) {
+    bool any = false;
+    join_threads(items, sums, plan, shared, channels, [&](int channel, const Pair& sum) {
+      bool fits = true;
+      if (again && !is_unfit[channel]) return;
+      const P found = partial(channel, sum, again, fits);
+      partials[channel] = found;
+      is_unfit[channel] = !fits;
+      any = any || !fits;
+    });
+    if (!any_of_block(any) || again) return;
+    sum_again();
+  }
 }
 
 // Where the partial results of a block of a team lie in the workspace, and the results of a team.

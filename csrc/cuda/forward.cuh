@@ -162,18 +162,37 @@ __device__ inline void reduce_forward(const ForwardCall& call, const Items& item
       });
 }
 
+// What an apply loop is compiled for.
+enum class Fused : uint8_t { kNone, kAdd, kRelu, kAddRelu, kAny };
+
+// f(what is fused)
+template <class Loops, class F>
+__device__ inline void with_fused(const Problem& p, const F& f) {
+  if constexpr (Loops::kAlone) {
+    if (p.act == Act::kNone)
+      return p.residual ? f(Constant<Fused::kAdd>{}) : f(Constant<Fused::kNone>{});
+    if (p.act == Act::kRelu && !p.residual) return f(Constant<Fused::kRelu>{});
+  }
+  if constexpr (Loops::kMasks)
+    if (p.act == Act::kRelu) return f(Constant<Fused::kAddRelu>{});
+  f(Constant<Fused::kAny>{});
+}
+
 // y = act((x - mean) scale + shift + residual) of a thread's items.
-template <class T, int V, Fused kAct, bool kResidual, class Items, class Source>
-__device__ inline void apply_forward(const ForwardCall& call, const Items& items,
-                                     const SharedLayout& shared, const Source& source) {
+template <class T, int V, Fused kFused, class Items, class Source>
+__device__ inline void apply_items(const ForwardCall& call, const Items& items,
+                                   const SharedLayout& shared, const Source& source) {
   using C = compute_t<T>;
   constexpr int kBins = Items::kBins;
   constexpr bool kQuick = sizeof(T) == 2;
   const ForwardArgs& args = call.args;
   const Act act = call.problem.act;
   const C param = static_cast<C>(args.act_param);
+  constexpr bool kAny = kFused == Fused::kAny, kMasks = kFused == Fused::kAddRelu || kAny;
+  constexpr bool kRelu = kFused == Fused::kRelu || kFused == Fused::kAddRelu;
+  const bool adds = kAny ? compiled(args.residual) != nullptr : kMasks || kFused == Fused::kAdd;
   // Where threads meet in shuffles, those that own nothing go along; else they are done here.
-  constexpr bool kMeets = kResidual && kAct != Fused::kNone && kThreadsPerMaskByte<V> > 1;
+  constexpr bool kMeets = kMasks && kThreadsPerMaskByte<V> > 1;
   if (!kMeets && !items.owns()) return;
   C minus_mean[Items::kLanes], scale[Items::kLanes], shift[Items::kLanes];
 #pragma unroll
@@ -183,20 +202,24 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
   }
   const Item<T, V>* const residual = items_in<T, V>(args.residual, items);
   Item<T, V>* const output = items_in<T, V>(args.output, items);
+  const bool masks = kMasks && (kAny ? compiled(args.mask) : args.mask);
   uint8_t* const mask = args.mask + items.mask_base();
   const Keep keep(call.plan.keeps_output);
-  for_items<2>(items, [&](int k, auto count, auto checked) {
+  // Four accesses of a thread at a time.
+  constexpr int kItems = kAny || kMasks || kFused == Fused::kAdd ? 2 : 4;
+  for_items<kItems, kItems, kAny, kMeets>(items, [&](int k, auto count, const auto& has) {
     Item<T, V> x_item[count]{};
     [[maybe_unused]] Item<T, V> residual_item[count]{};
     unsigned to[count];
-    const bool valid = checked ? items.valid(k) : !kMeets || items.owns();
-    if (valid)
+    bool valid[count];
 #pragma unroll
-      for (int i = 0; i < count; ++i) {
-        to[i] = items(k + i);
-        if constexpr (kResidual) residual_item[i] = load_streaming(residual + to[i]);
-        x_item[i] = source(k + i, 0, to[i]);
-      }
+    for (int i = 0; i < count; ++i) {
+      valid[i] = has(k + i);
+      if (!valid[i]) continue;
+      to[i] = items(k + i);
+      if (adds) residual_item[i] = load_streaming(residual + to[i]);
+      x_item[i] = source(k + i, 0, to[i]);
+    }
 #pragma unroll
     for (int i = 0; i < count; ++i) {
       C z[V];
@@ -207,28 +230,35 @@ __device__ inline void apply_forward(const ForwardCall& call, const Items& items
             return multiply_add(add(x, minus), scale, shift);
           },
           z, minus_mean, scale, shift);
-      if constexpr (kResidual) {
+      if (adds) {
         C more[V];
         residual_item[i].unpack(more);
         add_to(z, more);
       }
       [[maybe_unused]] unsigned bits = 0;
-      if (kResidual && kAct == Fused::kAny && args.mask) bits = passing_bits(act, z);
-      if constexpr (kAct == Fused::kAny) activate<kQuick>(act, param, z);
-      const Item<T, V> y = Item<T, V>::template pack<kAct == Fused::kRelu>(z);
-      if (valid) store_own(keep, items, k + i, output + to[i], y);
-      if constexpr (kResidual && kAct != Fused::kNone)
-        if (args.mask) {
-          if constexpr (kAct == Fused::kRelu) bits = y.nonzero();
+      if (kAny && masks) bits = passing_bits(act, z);
+      if constexpr (kAny) activate<kQuick>(act, param, z);
+      const Item<T, V> y = Item<T, V>::template pack<kRelu>(z);
+      if (valid[i]) store_own(keep, items, k + i, output + to[i], y);
+      if constexpr (kMasks)
+        if (masks) {
+          if constexpr (kRelu) bits = y.nonzero();
           if constexpr (!Items::kWhole) bits &= items.elements(k + i);
-          bits = join_mask_bits<V>(valid ? bits : 0);
-          if (valid && items.writes_mask()) mask[items.mask(k + i)] = static_cast<uint8_t>(bits);
+          bits = join_mask_bits<V>(valid[i] ? bits : 0);
+          if (valid[i] && items.writes_mask()) mask[items.mask(k + i)] = static_cast<uint8_t>(bits);
         }
     }
   });
 }
 
-template <class T, int V, IndexMap kMap, Ends kEnds, Fused kAct, bool kResidual>
+template <class T, int V, IndexMap kMap, class Items, class Source>
+__device__ inline void apply_forward(const ForwardCall& call, const Items& items,
+                                     const SharedLayout& shared, const Source& source) {
+  with_fused<Loops<T, V, kMap>>(
+      call.problem, [&](auto fused) { apply_items<T, V, fused>(call, items, shared, source); });
+}
+
+template <class T, int V, IndexMap kMap, Ends kEnds>
 __global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_resident_forward_kernel(const __grid_constant__ ForwardCall call) {
   using C = compute_t<T>;
@@ -245,8 +275,9 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
     copy_items(items, Global<T, V, 1>{{items_in<T, V>(call.args.input, items)}}, slab);
     if (turn > 0) sync_block();  // the last one's records have been read
     find_pilots<T>(call, items, group, channels, shared.quads<C>());
-    reduce_forward<T, V>(call, items, group, channels, shared, slab,
-                         [&](auto& sums, const auto& add) { sum_as_they_land(items, sums, add); });
+    reduce_forward<T, V>(
+        call, items, group, channels, shared, slab,
+        [&](auto& sums, const auto& add) { sum_as_they_land<false>(items, sums, add); });
     exchange<Moments, C>(plan, shared, call.workspace, channels, team, rank, add_moments,
                          [&](int i, const Pair& sums, const Moments& first) {
                            const Statistics s = statistics_of(call, sums, first);
@@ -254,7 +285,7 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
                            const Quad<C> q = shared.quads<C>()[i];
                            return quad_of(make_affine<C>(s.mean, s.invstd, q.y, q.z, s.low));
                          });
-    apply_forward<T, V, kAct, kResidual>(call, items, shared, slab);
+    apply_forward<T, V, kMap>(call, items, shared, slab);
     write_statistics(call, shared, channel0, channels, rank);
     wait_for_team(plan);
   }
@@ -275,11 +306,11 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
   const Global<T, V, 1> source{{items_in<T, V>(call.args.input, items)}};
   reduce_forward<T, V>(
       call, items, group, channels, shared, source,
-      [&](auto& sums, const auto& add) { sum_items(items, 0, items.total(), sums, add); });
+      [&](auto& sums, const auto& add) { sum_items<false>(items, 0, items.total(), sums, add); });
   publish<Moments>(plan, shared, channels, workspace_of<Moments>(call.workspace, plan, team, rank));
 }
 
-template <class T, int V, IndexMap kMap, Ends kEnds, Fused kAct, bool kResidual>
+template <class T, int V, IndexMap kMap, Ends kEnds>
 __global__ void __launch_bounds__(kMaxCudaThreads, 1)
     batch_norm_apply_forward_kernel(const __grid_constant__ ForwardCall call) {
   using C = compute_t<T>;
@@ -314,8 +345,8 @@ __global__ void __launch_bounds__(kMaxCudaThreads, 1)
   }
   sync_block();
   const Items<kMap, V, kEnds> items(call.problem, plan, group, rank);
-  apply_forward<T, V, kAct, kResidual>(call, items, shared,
-                                       Global<T, V, 1>{{items_in<T, V>(args.input, items)}});
+  apply_forward<T, V, kMap>(call, items, shared,
+                            Global<T, V, 1>{{items_in<T, V>(args.input, items)}});
   if (training) write_statistics(call, shared, channel0, channels, rank);
 }
 

@@ -50,6 +50,50 @@ __device__ inline void find_threshold(const Affine<float>& affine, unsigned& thr
   threshold = bits(passes_at(kInfinity - 1) ? low : kInfinity);
 }
 
+// Whether a backward kernel has a loop that activations share.
+template <int V, IndexMap kMap, Ends kEnds>
+inline constexpr bool is_shared = V <= most_shared_vector(kMap, kEnds);
+
+// kShared: whether the kernel has a loop of any gate too.
+template <class Loops, bool kShared>
+__device__ inline bool has_loop_of_its_own(const Problem& p) {
+  return Loops::kAlone && (!kShared || has_gate_of_its_own(p)) && (!p.has_mask || Loops::kMasks);
+}
+
+// f(gate). kDone: what passes a sign has passed it.
+template <class Loops, bool kShared, bool kDone, class F>
+__device__ inline void with_gate(const Problem& p, const F& f) {
+  if constexpr (Loops::kAlone)
+    if (has_loop_of_its_own<Loops, kShared>(p)) {
+      if constexpr (Loops::kMasks)
+        if (p.has_mask) return f(Constant<Gate::kMask>{});
+      if constexpr (!kDone)
+        if (p.act != Act::kNone) return f(Constant<Gate::kSign>{});
+      return f(Constant<Gate::kNone>{});
+    }
+  if constexpr (kShared) f(Constant<Gate::kAny>{});
+}
+
+// dy of the k-th item's element v through the gate, whichever it is.
+template <class T, int V, bool kShared, class Items, class C>
+__device__ inline C pass_one(const BackwardCall& call, const Items& items, int k, int v,
+                             const Affine<C>& affine, C x, C dy) {
+  const BackwardArgs& args = call.args;
+  const Act act = call.problem.act;
+  const C param = static_cast<C>(args.act_param);
+  C dy_value[1] = {dy}, z[1] = {apply(affine, x)};
+  if (act == Act::kNone) return dy;
+  if (args.mask) {
+    const uint8_t byte = args.mask[items.mask_base() + items.mask(k)];
+    activate_backward(act, param, items.bits_of_byte(byte) >> v, dy_value);
+    return dy_value[0];
+  }
+  if (kShared && args.residual)
+    z[0] += to_compute(static_cast<const T*>(args.residual)[(items.base() + items(k)) * V + v]);
+  activate_backward<sizeof(T) == 2>(kShared ? act : Act::kRelu, param, z, dy_value);
+  return dy_value[0];
+}
+
 // A thread's view of it: affines of its bins, and what else there is to read.
 template <Gate kGate, class T, int V, class Items>
 class GateOf {
@@ -58,8 +102,6 @@ class GateOf {
   static constexpr bool kByThreshold = kGate == Gate::kSign && Item<T, V>::kPairs;
   static constexpr bool kQuick = sizeof(T) == 2;
   using Relu = Activation<Act::kRelu>;
-  // From shared memory each time, where there are no registers for it.
-  static constexpr bool kReadsAffine = kGate == Gate::kAny && kBins > 1;
 
  public:
   static constexpr bool kReadsX = kGate == Gate::kSign || kGate == Gate::kAny;
@@ -73,19 +115,15 @@ class GateOf {
 
   __device__ GateOf(const BackwardCall& call, const Items& items, const Prepared<C>* prepared)
       : items_(items),
-        prepared_(prepared),
         act_(call.problem.act),
         param_(static_cast<C>(call.args.act_param)),
-        mask_(kMasks && call.args.mask ? call.args.mask + items.mask_base() : nullptr),
-        residual_(call.args.residual ? items_in<T, V>(call.args.residual, items) : nullptr) {
+        mask_(compiled(call.args.mask) ? call.args.mask + items.mask_base() : nullptr),
+        residual_(compiled(call.args.residual) ? items_in<T, V>(call.args.residual, items)
+                                               : nullptr) {
 #pragma unroll
     for (int v = 0; v < kBins; ++v) {
-      if constexpr (kReadsAffine) {
-        channel_[v] = static_cast<unsigned>(items.channel(v));
-      } else {
-        const Prepared<C>& p = prepared[items.channel(v)];
-        affine_[v] = {p.mean, p.scale, p.shift};
-      }
+      const Prepared<C>& p = prepared[items.channel(v)];
+      affine_[v] = {p.mean, p.scale, p.shift};
     }
     if constexpr (kByThreshold) {
 #pragma unroll
@@ -98,7 +136,7 @@ class GateOf {
     }
   }
 
-  __device__ C mean(int v) const { return affine(v).mean; }
+  __device__ C mean(int v) const { return affine_[v % kBins].mean; }
 
   // What there is to read besides x and dy of the k-th item, `at` items from the base.
   __device__ More more(int k, unsigned at) const {
@@ -110,7 +148,7 @@ class GateOf {
     return m;
   }
 
-  // dy of an item, in elements and as computed with.
+  // dy of an item as computed with, and in elements but for kAny.
   __device__ void pass(const Item<T, V>& x_item, const C (&x)[V], const More& more,
                        Item<T, V>& dy_item, C (&dy)[V]) const {
     if constexpr (kGate == Gate::kMask) dy_item.keep(more.bits);
@@ -141,44 +179,17 @@ class GateOf {
         }
         activate_backward<kQuick>(act_, param_, z_values, dy);
       }
-      dy_item = Item<T, V>::pack(dy);
     }
-  }
-
-  // dy of one element, of one bin.
-  __device__ C pass_one(int k, unsigned at, int v, const Affine<C>& affine, C x, C dy) const {
-    C dy_value[1] = {dy};
-    if constexpr (kGate == Gate::kMask || kGate == Gate::kAny)
-      if (mask_) {
-        activate_backward(act_, param_, items_.bits_of_byte(mask_[items_.mask(k)]) >> v, dy_value);
-        return dy_value[0];
-      }
-    if constexpr (kGate == Gate::kSign)
-      return Relu::gradient(Relu::passes(apply(affine, x)), dy, C(0));
-    if constexpr (kGate == Gate::kAny) {
-      C z_value[1] = {apply(affine, x)};
-      if (residual_) z_value[0] += to_compute(reinterpret_cast<const T*>(residual_ + at)[v]);
-      activate_backward<kQuick>(act_, param_, z_value, dy_value);
-      return dy_value[0];
-    }
-    return dy;
   }
 
  private:
-  __device__ Affine<C> affine(int v) const {
-    if constexpr (!kReadsAffine) return affine_[v % kBins];
-    const Prepared<C>& p = prepared_[opaque_again(channel_[v % kBins])];
-    return {p.mean, p.scale, p.shift};
-  }
-  __device__ C z(int v, C x) const { return apply(affine(v), x); }
+  __device__ C z(int v, C x) const { return apply(affine_[v % kBins], x); }
 
   const Items& items_;
-  const Prepared<C>* prepared_;
   Act act_;
   C param_;
   const uint8_t* mask_;
   const Item<T, V>* residual_;
-  unsigned channel_[kBins];
   Affine<C> affine_[kBins];
   unsigned threshold_[kUnits], sign_[kUnits];
 };

@@ -264,15 +264,34 @@ using Checked = std::bool_constant<kIs>;
 template <int kItems>
 using Count = std::integral_constant<int, kItems>;
 
-// f(k, how many items, whether each is checked), last items first: what a reduction read last is
-// still in the caches.
-template <int kTile, class Items, class F>
+// f(k, how many items, which of them there are), last items first: what a reduction read last is
+// still in the caches. What no tile holds comes by kRest at a time: one, or kTile. kOnce: there is
+// one f, for it is much code. kMeets: threads meet in it, also those without items; else the thread
+// has some.
+template <int kTile, int kRest, bool kOnce, bool kMeets, class Items, class F>
 __device__ inline void for_items(const Items& items, const F& f) {
-  const int full = items.full(), tiles = full - full % kTile;
+  const int total = items.total(), full = items.full();
+  const auto valid = [&](int k) { return k < total && items.valid(k); };
+  if constexpr (kOnce && !kMeets) {
+    const int last = items.valid(total - 1) ? total - 1 : total - 2;
 #pragma unroll 1
-  for (int k = items.total() - 1; k >= tiles; --k) f(k, Count<1>{}, Checked<true>{});
+    for (int k = last + 1 - kTile; k > -kTile; k -= kTile)
+      f(k, Count<kTile>{}, [](int k) { return kTile == 1 || k >= 0; });
+  } else {
+    const int tiles = kOnce ? (total + kTile - 1) / kTile * kTile : full - full % kTile;
+    if constexpr (!kOnce && kRest == kTile) {
+      if (tiles < total) f(tiles, Count<kTile>{}, valid);
+    } else if constexpr (!kOnce) {
 #pragma unroll 1
-  for (int k = tiles - kTile; k >= 0; k -= kTile) f(k, Count<kTile>{}, Checked<false>{});
+      for (int k = total - 1; k >= tiles; --k) f(k, Count<1>{}, valid);
+    }
+#pragma unroll 1
+    for (int k = tiles - kTile; k >= 0; k -= kTile)
+      if constexpr (kOnce)
+        f(k, Count<kTile>{}, valid);
+      else
+        f(k, Count<kTile>{}, [&](int) { return !kMeets || items.owns(); });
+  }
 }
 
 }  // namespace bnext

@@ -1,9 +1,7 @@
 // Finds the kernel instantiation for a plan. Included by the launch files, one per direction.
 #pragma once
 
-#include <type_traits>
-
-#include "device.cuh"
+#include "elements.cuh"
 #include "launch.h"
 
 namespace bnext {
@@ -12,16 +10,13 @@ namespace bnext {
 template <class T, class F>
 inline cudaError_t with_vector(int vector, const F& f) {
   if constexpr (sizeof(T) == 2) {
-    if (vector == 8) return f(std::integral_constant<int, 8>{});
+    if (vector == 8) return f(Constant<8>{});
   }
   if constexpr (sizeof(T) <= 4) {
-    if (vector == 4) return f(std::integral_constant<int, 4>{});
+    if (vector == 4) return f(Constant<4>{});
   }
-  return vector == 1 ? f(std::integral_constant<int, 1>{}) : cudaErrorInvalidValue;
+  return vector == 1 ? f(Constant<1>{}) : cudaErrorInvalidValue;
 }
-
-template <auto kValue>
-using Constant = std::integral_constant<decltype(kValue), kValue>;
 
 // f(vector, index map, how rows end)
 template <class T, class F>
@@ -34,17 +29,6 @@ inline cudaError_t with_items(const CudaPlan& plan, const F& f) {
     if (plan.ends == Ends::kRagged) return with(Constant<Ends::kRagged>{});
     return with(Constant<Ends::kWhole>{});
   });
-}
-
-// Whether kernels are compiled for one activation each: those of the widest accesses, and without
-// masks those of half as wide ones to rows of memory (14x14 in 16 bits).
-template <class T>
-constexpr bool is_widest(int vector) {
-  return sizeof(T) * vector == 16;
-}
-template <class T>
-constexpr bool is_half_as_wide(int vector, IndexMap map) {
-  return sizeof(T) * vector == 8 && vector > 1 && map == IndexMap::kRows;
 }
 
 inline LaunchShape shape_of(const CudaPlan& plan, int64_t groups) {

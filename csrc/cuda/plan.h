@@ -138,8 +138,12 @@ struct CudaPlan {
 // of half as many threads.
 inline constexpr int kMaxCudaThreads = 512;
 // Elements of an access, of those kernels that would have too few registers for eight of 16 bits:
-// the backward that all activations share (see has_gate_of_its_own), and the double backward.
-inline constexpr int kMaxSharedBackwardVector = 4, kMaxDoubleBackwardVector = 4;
+// the double backward, and the backward that activations share (see has_gate_of_its_own) but for
+// whole rows.
+inline constexpr int kMaxDoubleBackwardVector = 4;
+constexpr int most_shared_vector(IndexMap map, Ends ends) {
+  return map == IndexMap::kRows && ends == Ends::kWhole ? 8 : 4;
+}
 inline constexpr int kWarpThreads = 32;
 inline constexpr int kMaskBits = 8;  // elements of a row whose mask bits share a byte
 // Rows after which slices begin at the same place of an item, or of a byte of the mask, again.

@@ -116,7 +116,7 @@ __device__ inline void copy_items(const Items& items, const Global<T, V, kOperan
 }
 
 // sum_items over each batch once it is there.
-template <class Items, class Sums, class Add>
+template <bool kOnce, class Items, class Sums, class Add>
 __device__ inline void sum_as_they_land(const Items& items, Sums& sums, const Add& add) {
   const int tiles = whole_tiles(items), batch = batch_of(items);
 #pragma unroll 1
@@ -126,7 +126,7 @@ __device__ inline void sum_as_they_land(const Items& items, Sums& sums, const Ad
     const int first = b * batch < tiles ? b * batch : tiles;
     const int next = first + batch < tiles ? first + batch : tiles;
     const bool is_last = b == kBatches;
-    sum_items(items, is_last ? tiles : first, is_last ? items.total() : next, sums, add);
+    sum_items<kOnce>(items, is_last ? tiles : first, is_last ? items.total() : next, sums, add);
   }
 }
 

@@ -55,11 +55,22 @@ __device__ inline void add_products(C (&a)[V], C (&b)[V], const C (&x)[V], const
 }
 
 // Calls add(k, how many) for items [first, last) that a thread has, `first` being the first of a
-// tile, or of what no tile holds.
-template <class Items, class Sums, class Add>
+// tile, or of what no tile holds. kOnce: there is one `add`, for a number that is not known.
+template <bool kOnce, class Items, class Sums, class Add>
 __device__ inline void sum_items(const Items& items, int first, int last, Sums& sums,
                                  const Add& add) {
   if (!items.owns()) return;
+  if constexpr (kOnce) {
+    const int mine = items.valid(last - 1) ? last : last - 1;
+#pragma unroll 1
+    for (int k = first; k < mine;) {
+      const int end = k + kTile * kTilesToFlush < mine ? k + kTile * kTilesToFlush : mine;
+#pragma unroll 1
+      for (; k < end; k += kTile) add(k, end - k < kTile ? end - k : kTile);
+      sums.flush();
+    }
+    return;
+  }
   const int full = last < items.full() ? last : items.full(), tiles = full - full % kTile;
   int k = first;
 #pragma unroll 1
@@ -80,8 +91,9 @@ __device__ inline void sum_items(const Items& items, int first, int last, Sums& 
 template <int V, class Items, class Sums, class Get>
 __device__ inline void sum_again(const Items& items, Sums& sums, const Get& get) {
   sums = {};
+  const int elements = static_cast<int>(opaque(V));  // or ptxas unrolls the loop all the same
 #pragma unroll 1
-  for (int v = 0; v < V; ++v) {
+  for (int v = 0; v < elements; ++v) {
     double a = 0, b = 0;
 #pragma unroll 1
     for (int k = 0; k < items.total(); ++k)

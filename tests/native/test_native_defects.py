@@ -22,7 +22,8 @@ STATEMENT = re.compile(
     r"|wait_for_copies<[^>]*>)\(\);|\bany_of_block\(any\)"
 )
 CONDITION = re.compile(
-    r"(?:!?items\.(?:valid\(k\)|owns\(\))|!valid)(?=[;) ])|\bchannel < channels(?= |\))"
+    r"(?:!?items\.(?:valid\((?:k|(?:last|total) - 1)\)|owns\(\))|!valid\[i\])(?=[;) ])"
+    r"|\bchannel < channels(?= |\))"
 )
 FILES = sorted(p for p in emulated.CSRC.glob("cuda/*.cuh") if p.name != "device.cuh")
 
@@ -73,7 +74,7 @@ def outcomes(e: emulated.Emulator) -> Iterator[str | int]:
         Setting(team=GRID, team_blocks=2, teams=1), Setting(family=STREAMING, info=SMALL),
         Setting(family=-1, info=SMALL),
     ]  # fmt: skip
-    layouts = [((5, 7, 17, 4), NCHW), ((9, 67, 5, 2), NHWC), ((9, 21, 7, 4), NCHW)]
+    layouts = [((9, 7, 17, 4), NCHW), ((9, 67, 5, 2), NHWC), ((9, 21, 7, 4), NCHW)]
     for setting in settings:
         for layout in layouts:
             case = make(*layout, DTYPES[0], residual=True)
@@ -87,8 +88,8 @@ def outcomes(e: emulated.Emulator) -> Iterator[str | int]:
                 p = calls.problem(case.x, "train_forward", need_input=False)
                 plan = calls.with_team(setting.plan(e, p), p, 3)
                 yield attempt(calls.forward, e, plan, p, case.x, moments=torch.empty_like(stats))
-            for masked in (True, False):
-                fields = {"act": "relu", "residual": masked}
+            for act, masked in (("relu", True), ("relu", False), ("silu", False)):
+                fields = {"act": act, "residual": masked}
                 p = calls.problem(case.x, f"{stage}_forward", **fields)
                 yield attempt(calls.forward, e, setting.plan(e, p), p, case.x, bias=case.bias,
                               residual=case.residual if masked else None,
@@ -98,8 +99,8 @@ def outcomes(e: emulated.Emulator) -> Iterator[str | int]:
                               mask=mask if masked else None,
                               save_stats=None if frozen else stats,
                               frozen=case.stats if frozen else None)  # fmt: skip
-                if setting.family != RESIDENT:
-                    p = calls.problem(case.x, "double_backward", act="relu", has_mask=masked)
+                if setting.family != RESIDENT and act == "relu":
+                    p = calls.problem(case.x, "double_backward", act=act, has_mask=masked)
                     by = (case.residual, case.weight, case.bias, case.residual)
                     yield attempt(calls.double_backward, e, calls.plan(e, p, SMALL), p, by,
                                   case.grad_out, case.x, weight=case.weight, bias=case.bias,

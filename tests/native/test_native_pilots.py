@@ -161,11 +161,12 @@ def test_not_finite_at_any_place(team, layout, value) -> None:
 @pytest.mark.parametrize("layout", SMALLER, ids=shape_id)
 @pytest.mark.parametrize("act", [None, "relu", "silu"])
 @pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[2]], ids=["float32", "bfloat16"])
-def test_sums_of_gradients_that_no_float_holds(team, layout, act, dtypes) -> None:
-    """They are taken again through each kind of gate."""
+@pytest.mark.parametrize("alignment", [16, 8])
+def test_sums_of_gradients_that_no_float_holds(alignment, team, layout, act, dtypes) -> None:
+    """They are taken again through each kind of gate, also where activations share a loop."""
     case = make(*layout, dtypes)
     case.grad_out.copy_((1 + torch.rand_like(case.grad_out)) * 2.0**126)
     case.weight *= 2.0**-10
     both().checked.statistics()
-    check_training(case, dataclasses.replace(TEAMS[team], act=act))
+    check_training(case, dataclasses.replace(TEAMS[team], act=act), alignment=alignment)
     assert both().checked.statistics().summed_again > 0

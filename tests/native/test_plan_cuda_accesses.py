@@ -57,7 +57,7 @@ def test_a_mask_keeps_rows() -> None:
         (64, 149 * 149, "relu", "float32", 16, 4, "ragged"),
         (64, 14 * 14, "relu", "float32", 16, 4, "ragged"),
         (64, 7 * 7, "relu", "bfloat16", 16, 8, "ragged"),
-        (64, 17 * 17, "leaky_relu", "bfloat16", 16, 4, "ragged"),  # by the kernel of all
+        (64, 17 * 17, "leaky_relu", "bfloat16", 16, 4, "ragged"),  # by the loop of all
         (63, 14 * 14, "relu", "bfloat16", 16, 4, "ragged"),
         (63, 17 * 17, "relu", "bfloat16", 16, 1, "ragged"),
         (64, 17 * 17, "relu", "bfloat16", 2, 1, "ragged"),
@@ -102,15 +102,18 @@ def test_a_mask_where_only_sums_are_wanted() -> None:
     assert p.bytes_moved == p.bytes_floor == 2 * 2 * elements + elements // 8
 
 
-def test_the_backward_that_activations_share_takes_four_elements() -> None:
-    for act, residual, vector in (("none", False, 8), ("relu", False, 8), ("relu", True, 8),
-                                  ("relu6", True, 8), ("relu6", False, 4), ("leaky_relu", True, 4),
-                                  ("silu", False, 4), ("silu", True, 4)):  # fmt: skip
-        for last in (False, True):
-            p = plan(32, 64, 56 * 56, "train_backward", channels_last=last, act=act,
-                     residual=residual)  # fmt: skip
-            assert p.vector == vector, (act, residual)
-            assert plan(32, 64, 56 * 56, channels_last=last, act=act).vector == 8
+def test_the_backward_that_activations_share_takes_four_elements_but_of_whole_rows() -> None:
+    for act, residual, shared in (("none", False, False), ("relu", False, False),
+                                  ("relu", True, False), ("relu6", True, False),
+                                  ("relu6", False, True), ("leaky_relu", True, True),
+                                  ("silu", False, True), ("silu", True, True)):  # fmt: skip
+        for hw, last in ((56 * 56, False), (56 * 56, True), (17 * 17, False), (7 * 7, False)):
+            p = plan(32, 64, hw, "train_backward", channels_last=last, act=act, residual=residual)
+            is_whole_row = (p.index_map, p.ends) == ("rows", "whole")
+            assert is_whole_row == (hw == 56 * 56 and not last)
+            assert p.vector == (4 if shared and not is_whole_row else 8), (act, residual, hw, last)
+            assert plan(32, 64, hw, channels_last=last, act=act).vector == 8
+    assert plan(32, 64, 14 * 14, "train_backward", act="silu").vector == 4
 
 
 def test_a_mask_of_rows_that_are_too_long() -> None:
