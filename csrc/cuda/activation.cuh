@@ -10,7 +10,7 @@
 namespace bnext {
 
 // For which activations a kernel has hot loops of their own: by kAlone for none and for ReLU, by
-// kMasks where a mask is written or read too. Others share a loop, of narrower accesses all.
+// kMasks also where a mask is written or read. All others share one.
 template <class T, int V, IndexMap kMap>
 struct Loops {
   static constexpr bool kMasks = sizeof(T) * V == 16;

@@ -149,7 +149,7 @@ __device__ inline void settle(const Items& items, const Sums& sums, const CudaPl
                               const SumAgain& sum_again, const Partial& partial) {
   P* const partials = static_cast<P*>(shared.partials);
   bool* const is_unfit = static_cast<bool*>(unfit);
-  // One loop and not the same twice: it is half of what a kernel compiles besides its hot loops.
+  // A loop, so that joining is compiled once.
 #pragma unroll 1
   for (bool again = false;; again = true) {
     bool any = false;

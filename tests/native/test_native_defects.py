@@ -74,7 +74,11 @@ def outcomes(e: emulated.Emulator) -> Iterator[str | int]:
         Setting(team=GRID, team_blocks=2, teams=1), Setting(family=STREAMING, info=SMALL),
         Setting(family=-1, info=SMALL),
     ]  # fmt: skip
-    layouts = [((9, 7, 17, 4), NCHW), ((9, 67, 5, 2), NHWC), ((9, 21, 7, 4), NCHW)]
+    # The second: whole tiles in a group of four of which the last has three.
+    layouts = [
+        ((9, 7, 17, 4), NCHW), ((16, 7, 16, 4), NCHW), ((9, 67, 5, 2), NHWC),
+        ((9, 21, 7, 4), NCHW),
+    ]  # fmt: skip
     for setting in settings:
         for layout in layouts:
             case = make(*layout, DTYPES[0], residual=True)
