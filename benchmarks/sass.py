@@ -27,9 +27,9 @@ ARCH = "sm_90"
 ANY, ALONE = "any", "silu"
 ELEMENT_BYTES = {"double": 8, "float": 4, "__half": 2, "__nv_bfloat16": 2}
 WIDTH = {"": 32, "64": 64, "128": 128, "U8": 8, "S8": 8, "U16": 16, "S16": 16}
-# Items of a reduction's tile, and of tiles between two flushes of its floats to double (kTile and
-# kTilesToFlush in sums.cuh).
-TILE, FLUSHED = 4, 16
+# Items of a reduction's tile, and of those between two flushes of its floats to double: kTile and
+# kTilesToFlush in sums.cuh.
+TILE, FLUSHED = 4, 4 * 4
 FP64 = {"DADD", "DFMA", "DMUL", "DSETP"}
 CONVERSIONS = {"F2F", "I2F", "F2I"}  # packed ones, F2FP, are as quick as other instructions
 
@@ -169,7 +169,7 @@ def _functions(text: str) -> dict[str, tuple[list[str], list[_Loop]]]:
                 labels[label[1]] = len(code)
             elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
                 code.append(match[1].strip())
-            elif re.match(r"\s*\.section", line):
+            elif re.match(r"\s*\.section\s", line):  # not Ampere's .sectioninfo
                 break
         loops = {}
         for i, instruction in enumerate(code):
@@ -253,13 +253,18 @@ def _hot_loop(
                 items /= 2  # stores of two gradients
     else:
         kind, items = "reduce", (shared if "resident" in kernel else loaded) / operands
-        if items < 1 or floats < 2 * vector * items or (letter == "F" and _count(body, FP64)):
+        # Sums that are taken again are no hot loop; a double backward takes all in double.
+        is_again = letter == "F" and "double" not in kernel and _count(body, FP64)
+        if items < 1 or floats < 2 * vector * items or is_again:
             return None
         if "forward" not in kernel and "double" not in kernel:
             fused = _fused(kernel, body, False)
     if fused == ANY and "backward" in kernel:
         items = 1.0  # by its code, which loads a residual or not
     if items <= 0 or (kind == "apply" and computes < vector * items):
+        return None
+    # What a kernel is not for, as doubles' exchange, which looks like a loop of double's items.
+    if re.search("reduce_(forward|double)" if kind == "apply" else "_apply_", kernel):
         return None
     parts = [(body, items)]
     if kind == "reduce" or "reduce" in kernel:

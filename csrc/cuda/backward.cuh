@@ -85,8 +85,8 @@ class GradientsOut {
   Keep keep_;
 };
 
-// Adds a thread's items to its sums; with kFrozen writes dx too. `sum`: calls its argument, which
-// adds items to the sums, for all of them.
+// Adds a thread's items to its sums; with kFrozen writes dx too. sum(once, add): calls add, which
+// adds items to the sums, for all of them; `once` as kOnce of sum_items.
 template <class T, int V, Gate kGate, bool kFrozen, class Items, class Source, class Sums,
           class Sum>
 __device__ inline void sum_backward(const BackwardCall& call, const Items& items,
@@ -147,7 +147,7 @@ __device__ inline void sum_backward(const BackwardCall& call, const Items& items
 }
 
 // GradSums of this block for each channel of the group, in shared.partials; where the statistics
-// are frozen also dx. `sum`: as of sum_backward, with the sums.
+// are frozen also dx. sum(once, sums, add): as of sum_backward.
 template <class T, int V, IndexMap kMap, bool kShared, class Items, class Source, class Sum>
 __device__ inline void reduce_backward(const BackwardCall& call, const Items& items, int channels,
                                        const SharedLayout& shared, const Source& source,
@@ -155,12 +155,12 @@ __device__ inline void reduce_backward(const BackwardCall& call, const Items& it
   using C = compute_t<T>;
   constexpr bool kSlab = Source::kShared;
   Sums<C, Items::kBins> sums;
-  const auto add = [&](auto once, const auto& add) { sum(once, sums, add); };
+  const auto sum_all = [&](auto once, const auto& add) { sum(once, sums, add); };
   with_gate<Loops<T, V, kMap>, kShared, false>(call.problem, [&](auto gate) {
     if constexpr (!kSlab && !Items::kSliced)
       if (is_frozen(call.args))
-        return sum_backward<T, V, gate, true>(call, items, shared, source, sums, add);
-    sum_backward<T, V, gate, false>(call, items, shared, source, sums, add);
+        return sum_backward<T, V, gate, true>(call, items, shared, source, sums, sum_all);
+    sum_backward<T, V, gate, false>(call, items, shared, source, sums, sum_all);
   });
   const double least = items.most() * 0x1p-100;
   settle<GradSums>(

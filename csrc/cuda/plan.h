@@ -164,8 +164,8 @@ struct CudaChoice {
   int spare_sms = 0;             // that a grid leaves to others' kernels
 };
 
-// Whether a backward passes dy through no activation, a sign or a mask: kernels are compiled for
-// each of these alone. They write dx, and behind a mask the residual's gradient.
+// Whether a backward passes dy through no activation, a sign or a mask: kernels have a loop for
+// each of these alone. It writes dx, and behind a mask the residual's gradient.
 constexpr bool has_gate_of_its_own(const Problem& p) {
   const bool is_sign = p.has_mask ? p.act != Act::kLeakyRelu : p.act == Act::kRelu;
   const bool writes = p.need_input && p.need_residual == p.has_mask;
